@@ -14,6 +14,7 @@ from onnxprune.channels.plan import Plan
 from onnxprune.devices import Kernels
 from onnxprune.errors import Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
+from onnxprune.graph.resized import Resizing
 from onnxprune.importance.criteria import Criterion, get, needs_of
 from onnxprune.importance.statistics import GRADIENTS
 from onnxprune.io.interchange import ModelSource
@@ -84,6 +85,8 @@ def prune(
     steps: int = 1,
     schedule: str = "linear",
     approximate: bool = False,
+    resize_io: Sequence[str] = (),
+    cache_heads: bool = False,
     target: Targets | None = None,
     max_drop: float | None = None,
     metric: str | Metric | None = None,
@@ -157,6 +160,9 @@ def prune(
         steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
         schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
         approximate: also prune through normalisations, which is not exact; False.
+        resize_io: globs over inputs and outputs of the model that may lose channels, both halves of a cache or none.
+            Empty: all keep their sizes.
+        cache_heads: let the inputs and outputs of all caches shrink, past and present alike; False.
         target: a budget in place of a ratio: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "size": "3MB"}``; kinds
             are ``macs``, ``params``, ``size``, ``latency`` and ``peak-memory``. None: no budget.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in percentage points of fidelity.
@@ -802,6 +808,8 @@ def analyze(
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     approximate: bool = False,
+    resize_io: Sequence[str] = (),
+    cache_heads: bool = False,
 ) -> Analysis:
     """Analyze the groups, units, slots and barriers of a model, without changing or running it.
 
@@ -809,6 +817,9 @@ def analyze(
         model: path, bytes or ModelProto; never changed.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         approximate: count channels behind normalisations as removable; False.
+        resize_io: globs over inputs and outputs of the model that may lose channels, both halves of a cache or none.
+            Empty: all keep their sizes.
+        cache_heads: let the inputs and outputs of all caches shrink, past and present alike; False.
 
     Returns:
         the analysis: groups that can be pruned, and barriers with their reasons.
@@ -823,7 +834,8 @@ def analyze(
             print(len(analysis.groups))
     """
     with explain_failures(model):
-        return Analysis(model, input_shapes=input_shapes, approximate=approximate)
+        resizing = Resizing(tuple(resize_io), cache_heads)
+        return Analysis(model, input_shapes=input_shapes, approximate=approximate, resizing=resizing)
 
 
 @called("compare")
@@ -974,6 +986,8 @@ def sensitivity(
     steps: int = 1,
     schedule: str = "linear",
     approximate: bool = False,
+    resize_io: Sequence[str] = (),
+    cache_heads: bool = False,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -1030,6 +1044,9 @@ def sensitivity(
         steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
         schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
         approximate: also prune through normalisations, which is not exact; False.
+        resize_io: globs over inputs and outputs of the model that may lose channels, both halves of a cache or none.
+            Empty: all keep their sizes.
+        cache_heads: let the inputs and outputs of all caches shrink, past and present alike; False.
         providers: onnxruntime providers for measurements of time; None: the CPU.
         threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
@@ -1107,6 +1124,8 @@ def sweep(
     steps: int = 1,
     schedule: str = "linear",
     approximate: bool = False,
+    resize_io: Sequence[str] = (),
+    cache_heads: bool = False,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -1165,6 +1184,9 @@ def sweep(
         steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
         schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
         approximate: also prune through normalisations, which is not exact; False.
+        resize_io: globs over inputs and outputs of the model that may lose channels, both halves of a cache or none.
+            Empty: all keep their sizes.
+        cache_heads: let the inputs and outputs of all caches shrink, past and present alike; False.
         providers: onnxruntime providers for measurements of time; None: the CPU.
         threads: threads inside an operator for measurements of time, 1 or more; None: all processors.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.

@@ -28,6 +28,7 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
+from onnxprune.graph.resized import Resizing
 from onnxprune.io.files import encode_text
 from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
@@ -280,6 +281,8 @@ class RunSettings:
         seed: seed of all random numbers, 0 or more.
         effort: bounds on the work: ``quick``, ``normal`` or ``thorough``.
         labels: labels of the samples in the order of ``data``, see :func:`onnxprune.prune`; None: without.
+        resize_io: globs over inputs and outputs of the model that may lose channels; empty: none.
+        cache_heads: whether the inputs and outputs of all caches may lose channels.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
     """
 
@@ -296,10 +299,12 @@ class RunSettings:
     seed: int = 0
     effort: str = "normal"
     labels: Any = None
+    resize_io: Sequence[str] = ()
+    cache_heads: bool = False
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        names = ("data", "samples", "batch_size", "images", "seed")
+        names = ("data", "samples", "batch_size", "images", "seed", "resize_io", "cache_heads")
         values = {name: checked(name, getattr(self, name)) for name in names}
         check_needs("prune", values)
         checked("memory_limit", self.memory_limit)
@@ -345,13 +350,21 @@ class Context:
         return f"<Context: {self.analysis!r}, {data}, seed {self.seed}>"
 
     @classmethod
-    def of(cls, model: ModelSource, run: RunSettings | None = None, *, approximate: bool = False) -> Context:
+    def of(
+        cls,
+        model: ModelSource,
+        run: RunSettings | None = None,
+        *,
+        approximate: bool = False,
+        resizing: Resizing | None = None,
+    ) -> Context:
         """Analyse a model for a run.
 
         Args:
             model: path, bytes or ModelProto.
             run: settings of the run; None: the defaults.
             approximate: whether channels may be removed through normalisations.
+            resizing: inputs and outputs that may lose channels; None: as the settings have it.
 
         Raises:
             UsageError: an argument is invalid. ModelError: the model cannot be read.
@@ -359,7 +372,8 @@ class Context:
         run = run or RunSettings()
         execution, stages = device(run.providers, run.threads), Stages(run.progress)
         with stages.stage("analyze"), explain_failures(model):
-            analysis = Analysis(model, input_shapes=run.input_shapes, approximate=approximate)
+            resizing = resizing or Resizing(tuple(run.resize_io), run.cache_heads)
+            analysis = Analysis(model, input_shapes=run.input_shapes, approximate=approximate, resizing=resizing)
         data = run.data, analysis, run.samples, run.batch_size, run.images
         return cls(
             analysis,
@@ -608,6 +622,11 @@ class Pass(ABC):
     ensures: Sequence[Guarantee] = ()
     approximate: bool = False
 
+    @property
+    def resized(self) -> Sequence[str]:
+        """Inputs and outputs that a plan of the pass removes channels from."""
+        return ()
+
     @abstractmethod
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Run the stage, or raise an OnnxpruneError."""
@@ -777,6 +796,8 @@ class Pipeline:
         custom_op_libraries: Sequence[str | Path] = (),
         effort: str = "normal",
         labels: Any = None,
+        resize_io: Sequence[str] = (),
+        cache_heads: bool = False,
         progress: Progress | None = None,
     ) -> Result:
         """Run every pass on ``model``.
@@ -797,6 +818,8 @@ class Pipeline:
             custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime.
             effort: bounds on the work: ``quick``, ``normal`` or ``thorough``.
             labels: labels of ``data``, classes or values, or their .npy or .npz file, for passes that learn from them.
+            resize_io: globs over inputs and outputs of the model that may lose channels; empty: none.
+            cache_heads: whether the inputs and outputs of all caches may lose channels.
             progress: callback, called with (stage, fraction), fraction in [0, 1].
 
         Raises:
@@ -806,7 +829,13 @@ class Pipeline:
 
     def execute(self, model: ModelSource, run: RunSettings) -> Result:
         """Run every pass on ``model``, with settings as a record; see :meth:`run`."""
-        context = Context.of(model, run, approximate=any(stage.approximate for stage in self.passes))
+        planned = frozenset(name for stage in self.passes for name in stage.resized)
+        context = Context.of(
+            model,
+            run,
+            approximate=any(stage.approximate for stage in self.passes),
+            resizing=Resizing(names=planned) if planned else None,
+        )
         current = Model.of(context.analysis)
         for stage in self.passes:
             _require(stage, context, current, of_context=True)

@@ -968,6 +968,27 @@ SETTINGS: tuple[Setting, ...] = (
         needs=Need("depth", "is about the caches of removed branches", f"Give {argument('depth')}, or drop it."),
     ),
     Setting(
+        "resize_io",
+        Patterns(),
+        "Let inputs and outputs of the model whose name matches lose channels; repeatable. Both halves of a cache "
+        "(past and present) or none.",
+        {"prune": WHAT, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
+        (),
+        many=True,
+        conflicts=_PLAN,
+        brief="Inputs and outputs that may shrink; repeatable.",
+    ),
+    Setting(
+        "cache_heads",
+        Flag(),
+        "Let the inputs and outputs of all caches of a decoder shrink: whole heads of keys and values, or channels of "
+        "every head, go with past and present alike.",
+        {"prune": WHAT, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
+        False,
+        conflicts=_PLAN,
+        brief="Let caches of a decoder shrink.",
+    ),
+    Setting(
         "rank",
         Ranks(),
         "Ranks of all layers or of layers whose name matches; one per mode, 0 keeps a mode as it is; repeatable.",

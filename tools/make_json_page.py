@@ -201,6 +201,10 @@ MEANINGS = {
         "before, after": "fidelity before and after the recovery",
         "undone": "whether the recovery lowered the fidelity and was reverted",
     },
+    "ResizedTensor": {
+        "name": "input or output of the model",
+        "before, after": "its shape; open sizes by their names",
+    },
     "BranchFacts": {
         "name": "tensor that the branch ends in",
         "sum": "node that adds it",
@@ -391,6 +395,7 @@ CLASSES += [
     facts.Repair,
     facts.Finetuning,
     facts.BranchFacts,
+    facts.ResizedTensor,
     facts.DeadChannels,
     facts.FactorizedLayer,
     facts.SparsifiedLayer,

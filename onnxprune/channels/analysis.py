@@ -18,6 +18,7 @@ from onnxprune.graph import cost
 from onnxprune.graph.canonical import Fold, Hoist, fold, hoist, unshare
 from onnxprune.graph.facts import Facts, study
 from onnxprune.graph.probes import open_sizes
+from onnxprune.graph.resized import Resizing
 from onnxprune.graph.values import check_extents
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.interchange import ModelSource
@@ -71,13 +72,15 @@ class Analysis:
         source: path, bytes or ModelProto, or a model that was read.
         input_shapes: sizes for dynamic inputs, {name: shape}.
         approximate: let groups run through normalisations that stay defined over fewer channels.
+        resizing: inputs and outputs that may lose channels; None: all keep their sizes.
 
     Raises:
-        OnnxpruneError: the model cannot be read, or an input shape does not fit.
+        OnnxpruneError: the model cannot be read, or an input shape or a pattern does not fit.
     """
 
     loaded: Loaded
     approximate: bool
+    resizing: Resizing
     graph: Graph
     facts: Facts
     table: Table
@@ -95,6 +98,7 @@ class Analysis:
         *,
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         approximate: bool = False,
+        resizing: Resizing | None = None,
     ) -> None:
         with paused():
             loaded = source if isinstance(source, Loaded) else load(source)
@@ -104,9 +108,11 @@ class Analysis:
             facts = study(folded, open_sizes(folded, input_shapes), infer_by_rule)
             check_extents(folded, facts.probes[0])
             graph, hoists = hoist(folded, facts)
-            table = push_labels(graph, facts, approximate=approximate)
+            resizing = (resizing or Resizing()).within(graph)
+            table = push_labels(graph, facts, approximate=approximate, resizable=resizing.names or frozenset())
             units, unstored = _resolve(table, "head_dim")
-        vars(self).update(loaded=loaded, approximate=approximate, unshared=unshared, copies=copies, folds=folds)
+        vars(self).update(loaded=loaded, approximate=approximate, resizing=resizing, unshared=unshared, copies=copies)
+        vars(self).update(folds=folds)
         vars(self).update(facts=facts, graph=graph, hoists=hoists, table=table, reshape_axis="head_dim")
         vars(self).update(units=units, _unstored=unstored)
 

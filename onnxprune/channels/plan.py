@@ -63,7 +63,10 @@ class PlanBranch:
 
 @dataclass(slots=True, repr=False)
 class Plan:
-    """A frozen decision for one model, named by the SHA-256 of its file."""
+    """A frozen decision for one model, named by the SHA-256 of its file.
+
+    ``resize_io``: inputs and outputs of the model that may lose channels.
+    """
 
     model_sha256: str = ""
     criterion: str = ""
@@ -72,6 +75,7 @@ class Plan:
     version: int = VERSION
     factorized: list[PlanFactors] = field(default_factory=list)
     branches: list[PlanBranch] = field(default_factory=list)
+    resize_io: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         units = sum(len(group.removed or ()) for group in self.groups)
@@ -87,10 +91,10 @@ class Plan:
         for branch in data["branches"]:
             if not branch["keep_cache"]:
                 del branch["keep_cache"]
-        for name in ("branches", "factorized"):
+        for name in ("branches", "resize_io", "factorized"):
             if not data[name]:
                 del data[name]
-        names = ("version", "model_sha256", "criterion", "branches", "groups", "barriers", "factorized")
+        names = ("version", "model_sha256", "criterion", "resize_io", "branches", "groups", "barriers", "factorized")
         return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:

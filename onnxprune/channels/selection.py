@@ -49,7 +49,10 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
         unique_slots = {(s.tensor, s.axis, *s.at.items()): s for s in group_slots}
         plan_slots = [_slot(analysis, slot, by_atom, group.id) for slot in unique_slots.values()]
         groups.append(PlanGroup(group.id, group.size, np.flatnonzero(mask[group.units]).tolist(), plan_slots))
-    return Plan(analysis.loaded.sha256, criterion, groups, [asdict(b) for b in analysis.barriers])
+    names = analysis.resizing.names or ()
+    resize_io = [n for n in dict.fromkeys([*analysis.graph.inputs, *analysis.graph.outputs]) if n in names]
+    barriers = [asdict(b) for b in analysis.barriers]
+    return Plan(analysis.loaded.sha256, criterion, groups, barriers, resize_io=resize_io)
 
 
 def _slot(analysis: Analysis, slot: SlotView, by_atom: NDArray[np.int64], group: int) -> PlanSlot:

@@ -11,6 +11,7 @@ import onnx
 from onnxprune.gradients.lowering import lowered
 from onnxprune.gradients.static import StaticGraph, named_tensor
 from onnxprune.gradients.tape import Array, NoGradient, Reverse, Tape
+from onnxprune.graph.resized import KEY
 from onnxprune.graph.view import Node
 from onnxprune.operators.registry import gradient_of
 
@@ -219,7 +220,7 @@ def _model(
             live.update(proto.input)
             live.update(n for a in proto.attribute for b in [a.g, *a.graphs] for inner in b.node for n in inner.input)
     constants = {**graph.constants, **tape.constants}
-    return onnx.helper.make_model(
+    model = onnx.helper.make_model(
         onnx.helper.make_graph(
             nodes[::-1],
             "training",
@@ -230,6 +231,9 @@ def _model(
         opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()],
         ir_version=graph.ir_version,
     )
+    if graph.resized:
+        model.metadata_props.add(key=KEY, value=graph.resized)
+    return model
 
 
 def _with_outputs(node: Node, tape: Tape) -> onnx.NodeProto:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -13,6 +13,7 @@ from onnxprune.errors import ModelError
 from onnxprune.gradients.bodies import expand
 from onnxprune.gradients.recurrent import unroll
 from onnxprune.gradients.tape import Array, Kind, Shape
+from onnxprune.graph.resized import fitted, resized_of, text_of
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.constants import weight_from_constant
 from onnxprune.io.weights import Weight
@@ -38,6 +39,7 @@ class StaticGraph:
         kinds: type of every tensor.
         opsets: opset by domain.
         ir_version: version of the file format.
+        resized: record of the channels that inputs lost, as the model has it.
     """
 
     nodes: list[Node]
@@ -49,6 +51,7 @@ class StaticGraph:
     kinds: dict[str, Kind]
     opsets: dict[str, int]
     ir_version: int
+    resized: str = ""
     producer: dict[str, Node] = field(default_factory=dict)
     readers: dict[str, list[tuple[Node, int]]] = field(default_factory=dict)
 
@@ -76,6 +79,7 @@ def static_graph(proto: ModelProto, weights: Mapping[str, Weight], feed: Feed) -
     Raises:
         ModelError: the model does not run, or cannot be converted to opset 18.
     """
+    feed = fitted(resized_of(proto), feed)
     arrays = {name: weight.read() for name, weight in weights.items()}
     model = _converted(assemble(proto, weights))
     _lift_constants(model, arrays)
@@ -85,7 +89,7 @@ def static_graph(proto: ModelProto, weights: Mapping[str, Weight], feed: Feed) -
     while _expand_bodies(model, values, arrays, feed):
         _lift_constants(model, arrays)
         values = _probe(model, arrays, feed)
-    return _folded(model, arrays, values, feed)
+    return replace(_folded(model, arrays, values, feed), resized=text_of(proto))
 
 
 def _converted(model: ModelProto) -> ModelProto:

@@ -32,6 +32,7 @@ class Reason(StrEnum):
     HEAD_SIZE = "head-size"
     ROTARY = "rotary"
     SPATIAL = "spatial"
+    CACHE = "cache"
     UNLABELLED_OPERAND = "unlabelled-operand"
     UNSUPPORTED_FORM = "unsupported-form"
     # Axes that never were channels: lists of barriers leave them out

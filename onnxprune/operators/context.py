@@ -53,8 +53,17 @@ def _repeats(label: Label, axis: int, period: int) -> bool:
 class Table:
     """Labels of every tensor visited so far; the labels of a constant are created at first access."""
 
-    def __init__(self, graph: Graph, facts: Facts, atoms: Atoms, approximate: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        facts: Facts,
+        atoms: Atoms,
+        approximate: bool = False,
+        resizable: Mapping[str, Sequence[tuple[tuple[int, ...], int]]] | None = None,
+    ) -> None:
         self.graph, self.facts, self.atoms, self.approximate = graph, facts, atoms, approximate
+        self.resizable = resizable or {}
+        """Inputs and outputs that may lose channels: (axes, pack axis) of each label that an input is born with."""
         self._labels: dict[str, Labels] = {}
         self._sequences: dict[str, tuple[Labels, ...]] = {}
 
@@ -70,8 +79,17 @@ class Table:
         if weight is not None and _holds_weights(weight.dtype) and not self._sizes_alone(name):
             shape = weight.shape
             labels = tuple([self._born(n, name, axis, len(shape)) for axis, n in enumerate(shape) if n > 1])
+        elif name in self.resizable and name in self.graph.inputs:
+            labels = tuple([self._born_on_axes(name, *spans) for spans in self.resizable[name]])
         self._labels[name] = labels
         return labels
+
+    def _born_on_axes(self, name: str, axes: tuple[int, ...], pack: int) -> Label:
+        """Return a label over some axes of an input, each position with an atom of its own."""
+        shape = tuple(n if axis in axes else 1 for axis, n in enumerate(self.facts.shape(name)))
+        label = Label(self.atoms.new(int(np.prod(shape)), name, pack).reshape(shape), pack)
+        self.atoms.view(label)
+        return label
 
     def _sizes_alone(self, name: str) -> bool:
         """Return whether only the sizes of a tensor, perhaps moved, are read: pruning it gains nothing."""

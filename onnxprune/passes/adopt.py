@@ -48,6 +48,11 @@ class Adopt(Pass):
         self.cut, self.approximate = cut, approximate
         self.plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
+    @property
+    def resized(self) -> Sequence[str]:
+        """Inputs and outputs that the plan lists."""
+        return self.plan.resize_io
+
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Return the pruned model in place of the original."""
         if self.plan.factorized:

@@ -244,7 +244,8 @@ class Shortening:
         context, analysis = self.context, self.context.analysis
         parts = without_branches(self.scan, analysis.loaded.weights, removed, keep_cache=self.keep_cache)
         loaded = with_parts(analysis.loaded, *parts)
-        short = Analysis(loaded, input_shapes=context.input_shapes, approximate=analysis.approximate)
+        known: dict[str, Any] = {"approximate": analysis.approximate, "resizing": analysis.resizing}
+        short = Analysis(loaded, input_shapes=context.input_shapes, **known)
         plan = Plan(loaded.sha256, branches=[PlanBranch(b.tensor, b.sum, self.keep_cache) for b in removed])
         return replace(Model.of(short), plan=plan)
 

@@ -30,7 +30,7 @@ from onnxprune.pipeline import Context
 from onnxprune.pruning.rewriting import CannotRewrite, cut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import are_probabilities, roots
-from onnxprune.runtime.sessions import Array, Feed, measures, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, at_sizes_of, measures, open_session, run
 
 Scores = NDArray[np.float64]
 
@@ -169,7 +169,7 @@ class _PrunedRuns:
         session = self._session(proto, weights)
         errors = dict.fromkeys(scale, 0.0)
         for feed, expected in zip(self.feeds, self._expected, strict=True):
-            outputs = self._outputs(session, feed)
+            outputs, expected = self._outputs(session, feed), at_sizes_of(session, expected)
             for name in scale:
                 errors[name] += square_error(outputs[name], expected[name])
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))

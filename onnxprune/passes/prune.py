@@ -30,7 +30,7 @@ from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, Settings, Sizes
+from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, ResizedTensor, Settings, Sizes
 from onnxprune.settings import default, named_arguments
 
 Mask = NDArray[np.bool_]
@@ -99,6 +99,11 @@ class Prune(Pass, Options):
         """The plan, read from its file."""
         return Plan.load(self.plan) if isinstance(self.plan, (str, Path)) else self.plan
 
+    @property
+    def resized(self) -> Sequence[str]:
+        """Inputs and outputs that the plan lists."""
+        return () if self.replayed is None else self.replayed.resize_io
+
     def __repr__(self) -> str:
         what = "plan" if self.replayed is not None else f"{self.name}, ratio {self.request.ratio:g}"
         return f"<Prune: {what}>"
@@ -150,7 +155,8 @@ class Prune(Pass, Options):
         if not model.is_analyzed:
             with context.stage("analyze"):
                 source = assemble(*model.parts)
-                analysis = Analysis(source, input_shapes=context.input_shapes, approximate=self.approximate)
+                known: dict[str, Any] = {"input_shapes": context.input_shapes, "resizing": context.analysis.resizing}
+                analysis = Analysis(source, approximate=self.approximate, **known)
             analysis = analysis.with_digest_of(context.analysis)
         labels = (n.label for n in analysis.graph.nodes)
         check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
@@ -294,7 +300,7 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     ]
     for group in groups:
         group["reason"] = group["reason"] or excluded.get(group["id"], "")
-    yield Pruned(layers, groups, [asdict(b) for b in analysis.barriers])
+    yield Pruned(layers, groups, [asdict(b) for b in analysis.barriers], _resized_facts(model))
     yield Sizes(
         params_before=original.parameters,
         params_after=model.num_parameters,
@@ -307,6 +313,27 @@ def describe_removal(context: Context, model: Model, selector: Selector | None =
     if approximate:
         what = "1 group was" if approximate == 1 else f"{approximate} groups were"
         yield Remark(Note(f"{what} pruned through a normalisation ({argument('approximate')}) and not exact there."))
+
+
+def _resized_facts(model: Model) -> list[ResizedTensor]:
+    """Return the inputs and outputs that lost channels, inputs first."""
+    graph, after = model.analysis.graph, Survivors(model.analysis.table, model.removal)
+    names = [name for name in dict.fromkeys([*graph.inputs, *graph.outputs]) if after.touched(name)]
+    declared = {value.name: value for value in (*graph.proto.graph.input, *graph.proto.graph.output)}
+    return [ResizedTensor(n, *_declared(declared[n], model.analysis, after)) for n in names]
+
+
+def _declared(value: Any, analysis: Analysis, after: Survivors) -> tuple[list[int | str], list[int | str]]:
+    """Return the shape of an input or output before and after, with the names of its open sizes."""
+    dims = value.type.tensor_type.shape.dim
+    shape, sizes = analysis.facts.shape(value.name) or (), after.sizes(value.name)
+    is_open = [analysis.facts.varies(value.name, axis) for axis in range(len(shape))]
+    names = [dims[axis].dim_param if axis < len(dims) else "" for axis in range(len(shape))]
+    before: list[int | str] = [
+        (name or "?") if open_axis and axis not in sizes else int(size or 0)
+        for axis, (size, name, open_axis) in enumerate(zip(shape, names, is_open, strict=True))
+    ]
+    return before, [sizes.get(axis, size) for axis, size in enumerate(before)]
 
 
 def with_layers_of_branches(original: Analysis, model: Model, layers: Sequence[LayerFacts]) -> list[LayerFacts]:

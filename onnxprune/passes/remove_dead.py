@@ -62,7 +62,8 @@ class RemoveDead(Pass):
             start: ModelParts = model.parts
             if dead.folds:
                 start = fold(start, dead.folds, before)
-                analysis = Analysis(assemble(*start), input_shapes=context.input_shapes)
+                resizing = context.analysis.resizing
+                analysis = Analysis(assemble(*start), input_shapes=context.input_shapes, resizing=resizing)
                 analysis = analysis.with_digest_of(context.analysis)
             analysis, removed, parts = _cut(analysis)
         if self.check:
@@ -80,7 +81,8 @@ def current_analysis(context: Context, model: Model) -> Analysis:
     """Return the analysis of the model as it is, in which rows of grids may be removed as well as their cells."""
     analysis = model.analysis
     if not model.is_analyzed or analysis.approximate:
-        analysis = Analysis(assemble(*model.parts), input_shapes=context.input_shapes)
+        resizing = context.analysis.resizing
+        analysis = Analysis(assemble(*model.parts), input_shapes=context.input_shapes, resizing=resizing)
     return analysis.with_digest_of(context.analysis).with_reshape_axis("both")
 
 

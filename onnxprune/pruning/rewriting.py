@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.survivors import Mask, Ragged, Survivors
 from onnxprune.graph.facts import Values, is_small
+from onnxprune.graph.resized import Stage, record
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io import markers
 from onnxprune.io.constants import add_constant, set_constant
@@ -42,6 +43,7 @@ class Edits:
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+    resized: dict[str, Stage] = field(default_factory=dict)
     _count: int = 0
     _names: set[str] = field(default_factory=set)
 
@@ -99,6 +101,7 @@ def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight
     weights.update({name: w for name, w in edits.weights.items() if name in initializers})
     weights.update(constants)
     _resize(model, edits, weights)
+    record(model, edits.resized)
     _drop_dead(model, graph, weights, uses)
     return model, weights
 
@@ -153,7 +156,7 @@ def _resize(model: onnx.ModelProto, edits: Edits, weights: Mapping[str, Weight])
                 tensor.ClearField(typed)
             del tensor.dims[:]
             tensor.dims.extend(weight.shape)
-    for info in [*model.graph.value_info, *model.graph.input]:
+    for info in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
         sizes = edits.sizes.get(info.name)
         if not sizes:
             continue
@@ -256,6 +259,10 @@ class _State:
             node = self.graph.producer.get(name) or self.graph.consumers[name][0][0]
             raise CannotRewrite(node, f"{name!r} would no longer be rectangular") from None
         weight = self.graph.weights.get(name)
+        if name in self.table.resizable:
+            shape = self.table.facts.shape(name) or ()
+            sizes = {axis: int(shape[axis]) for axis in self.edits.sizes[name]}
+            self.edits.resized[name] = Stage(sizes, self.after.steps(name))
         if weight is not None:
             weight_after = GatheredWeight(weight, self.after.steps(name))
             self.edits.weights[name] = weight_after

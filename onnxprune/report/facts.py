@@ -77,6 +77,15 @@ class BranchFacts:
 
 
 @dataclass(slots=True)
+class ResizedTensor:
+    """An input or output of the model that lost channels: its shape before and after, open sizes by name."""
+
+    name: str
+    before: list[int | str]
+    after: list[int | str]
+
+
+@dataclass(slots=True)
 class MetricFacts:
     """A user's metric of the original and of the final model, higher is better."""
 
@@ -650,6 +659,8 @@ class Report:
     """A smaller ratio that was tried where the model lost too much, and its points; null where none was tried."""
     branches: list[BranchFacts] = field(default_factory=list)
     """Every residual branch, the removed ones first, in the order of their removal; empty where none was asked for."""
+    resized: list[ResizedTensor] = field(default_factory=list)
+    """Inputs and outputs of the model that lost channels; empty where all keep their sizes."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
@@ -811,6 +822,7 @@ class Pruned:
     layers: list[LayerFacts]
     groups: list[dict[str, Any]]
     barriers: list[dict[str, Any]]
+    resized: list[ResizedTensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -941,8 +953,8 @@ def _add(report: Report, fact: Fact) -> None:
         case Sizes():
             known = {f.name: getattr(fact, f.name) for f in fields(fact) if getattr(fact, f.name) is not None}
             report.totals = replace(report.totals, **known)
-        case Pruned(layers, groups, barriers):
-            report.layers, report.groups, report.barriers = layers, groups, barriers
+        case Pruned(layers, groups, barriers, resized):
+            report.layers, report.groups, report.barriers, report.resized = layers, groups, barriers, resized
         case Shortened(branches):
             report.branches = branches
         case Factorization(layers=factorized, product=product):

@@ -29,6 +29,7 @@ BARRIERS: dict[str, Words] = {
     Reason.GRAPH_OUTPUT: Words(
         "is a model output",
         "These channels are a model output, and programs that run the model depend on its shape.",
+        "--cache-heads lets the caches of a decoder shrink, --resize-io NAME other inputs and outputs.",
     ),
     Reason.CAPTURED_BY_SUBGRAPH: Words(
         "used inside a body",
@@ -73,6 +74,10 @@ BARRIERS: dict[str, Words] = {
     Reason.SPATIAL: Words(
         "used as positions, not channels",
         "A later operator treats this axis as positions (height, width, time), not as channels.",
+    ),
+    Reason.CACHE: Words(
+        "halves of a cache differ",
+        "The channels of a cache's input and output do not correspond, so the output could not be fed back.",
     ),
     Reason.UNLABELLED_OPERAND: Words(
         "meets a tensor that cannot shrink",

@@ -30,7 +30,13 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [*_proofs(report), *tables.flushed(report.flushed), *tables.dead(report.dead)]
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
-    lines += [*tables.branches_line(report.branches), *unpruned(report), *sparsity.lines(report), *_advice(report)]
+    lines += [
+        *tables.branches_line(report.branches),
+        *tables.resized_line(report.resized),
+        *unpruned(report),
+        *sparsity.lines(report),
+        *_advice(report),
+    ]
     lines += [labelled("left out", ", ".join(report.left_out))] if report.left_out else []
     return [*map(Line, lines)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from onnxprune.report.facts import (
     Recovery,
     Repair,
     Report,
+    ResizedTensor,
     TargetFacts,
     Verdict,
 )
@@ -324,6 +326,21 @@ def branches_line(facts: Sequence[BranchFacts]) -> list[Text]:
     ends = f"; {caches} inputs and outputs of their caches went too" if caches else ""
     text = f"{len(removed)} of {len(facts)} removed, {macs} MACs: {names}{ends}"
     return [Text.assemble(("branches  ", "bold"), text)]
+
+
+def _shape(sizes: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def resized_line(facts: Sequence[ResizedTensor]) -> list[Text]:
+    """Return one line on inputs and outputs that lost channels, those of equal shapes together."""
+    if not facts:
+        return []
+    changes = Counter((_shape(one.before), _shape(one.after)) for one in facts)
+    texts = [f"{count} of {before} {numbers.ARROW} {after}" for (before, after), count in changes.most_common(3)]
+    more = f" and {len(changes) - 3} other shapes" if len(changes) > 3 else ""
+    first = ", ".join(one.name for one in facts[:2]) + (", ..." if len(facts) > 2 else "")
+    return [Text.assemble(("resized   ", "bold"), f"{', '.join(texts)}{more} ({first})")]
 
 
 def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:

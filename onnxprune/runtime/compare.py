@@ -13,7 +13,7 @@ import numpy as np
 from onnxprune.errors import ModelError
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime.fidelity import fidelity
-from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, eps, largest, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, at_sizes_of, eps, largest, open_session, run
 
 TOLERANCE = 1e-4  # float32: rounding of sums taken in another order, a few hundred layers deep
 _INTEGER_SHARE = 0.005  # of argmax-like outputs, where two floats tie
@@ -279,9 +279,9 @@ def compare_models(
     outputs: dict[str, Output] = {}
     expected = list(_outputs(reference, feeds, threads=threads, progress=_part(progress, 0.0)))
     try:
-        actual = _outputs(cut, others or feeds, threads=threads, progress=_part(progress, 0.5))
-        for index, (expected_outputs, actual_outputs) in enumerate(zip(expected, actual, strict=True)):
-            add(expected_outputs, actual_outputs, rounding.quantized, outputs)
+        actual = _outputs(cut, others or feeds, threads=threads, progress=_part(progress, 0.5), expected=expected)
+        for index, actual_outputs in enumerate(actual):
+            add(expected[index], actual_outputs, rounding.quantized, outputs)
             expected[index] = {}  # compared: free the memory
     except ModelError as error:
         note = f"the reference runs, the cut model does not: {error.message}"
@@ -373,11 +373,17 @@ def _outputs(
     threads: int | None = None,
     optimize: bool = False,
     progress: Progress | None = None,
+    expected: list[Feed] | None = None,
 ) -> Iterator[Feed]:
-    """Run the model on every batch; the session is freed with the last one."""
+    """Run the model on every batch; the session is freed with the last one.
+
+    ``expected`` are outputs of an original, batch by batch: they are brought to the sizes of this model's.
+    """
     session = open_session(model, optimize=optimize, threads=threads)
     try:
         for index, feed in enumerate(feeds):
+            if expected is not None:
+                expected[index] = at_sizes_of(session, expected[index])
             yield run(session, feed)
             if progress:
                 progress("", (index + 1) / len(feeds))

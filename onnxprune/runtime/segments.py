@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from onnxprune.graph.resized import fitted, resized_of
 from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.io import markers
 from onnxprune.io.subgraphs import ExposedTensor, Inner, expose_tensors, outline_bodies
@@ -155,7 +156,9 @@ class Segments:
 
     def feed(self, feeds: Iterable[Feed]) -> None:
         """Store the inputs of every batch."""
+        resized = resized_of(self._flat.proto)
         for values in feeds:
+            values = fitted(resized, values) if resized else values
             for name in self._graph.inputs:
                 if name in values:
                     self._store.lend(name, values[name], self.batches)

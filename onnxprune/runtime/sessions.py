@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.graph.probes import InputSpec
+from onnxprune.graph.resized import Resized, fitted, read
 from onnxprune.io.files import workspace
 
 
@@ -388,7 +389,8 @@ def runs(model: Openable, feed: Mapping[str, Array]) -> bool:
 def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callable[[], list[Any]]:
     """Return a call that only runs the model on ``feeds``: conversions are done here, once.
 
-    Values for inputs that the model lacks are left out: caches go with the layers that they belong to.
+    Values for inputs that the model lacks are left out: caches go with the layers that they belong to. Of values at the
+    sizes of the original, a model whose inputs lost channels gets those that remain.
 
     Raises:
         ModelError: an input's element type cannot be handed to onnxruntime.
@@ -397,6 +399,8 @@ def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callab
     options.log_severity_level = 4  # a failed run raises; the log line would only repeat it on stderr
     interface = _interface(session)
     feeds = {name: array for name, array in feeds.items() if name in interface.inputs}
+    if interface.resized:
+        feeds = fitted(interface.resized, feeds)
     if not interface.is_narrow:
         arrays = {name: np.asarray(array) for name, array in feeds.items()}
         return lambda: list(session.run(None, arrays, options))
@@ -405,12 +409,26 @@ def prepare(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Callab
     return lambda: list(session.run_with_ort_values(None, values, options))
 
 
+def at_sizes_of(session: ort.InferenceSession, outputs: Feed) -> Feed:
+    """Return outputs of an original at the sizes of a model whose outputs lost channels."""
+    resized = _interface(session).resized
+    return fitted(resized, outputs) if resized else outputs
+
+
 class _Interface(NamedTuple):
-    """What a session takes and gives: types by input, outputs in order, and whether numpy lacks one of the types."""
+    """What a session takes and gives.
+
+    Attributes:
+        inputs: types by input.
+        outputs: outputs in order.
+        is_narrow: whether numpy lacks one of the types.
+        resized: channels that inputs and outputs lost.
+    """
 
     inputs: Mapping[str, str]
     outputs: Sequence[str]
     is_narrow: bool
+    resized: Resized
 
 
 _interfaces: WeakKeyDictionary[ort.InferenceSession, _Interface] = WeakKeyDictionary()
@@ -422,7 +440,8 @@ def _interface(session: ort.InferenceSession) -> _Interface:
     if known is None:
         inputs, outputs = ({i.name: i.type for i in infos} for infos in (session.get_inputs(), session.get_outputs()))
         types = {_element(kind) for kind in (*inputs.values(), *outputs.values())}
-        known = _Interface(inputs, list(outputs), bool(types & {*_CARRIERS, *_PACKED}))
+        resized = read(session.get_modelmeta().custom_metadata_map)
+        known = _Interface(inputs, list(outputs), bool(types & {*_CARRIERS, *_PACKED}), resized)
         _interfaces[session] = known
     return known
 

@@ -11,6 +11,7 @@ import onnx
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.graph.probes import input_specs
+from onnxprune.graph.resized import Stage, resized_of
 from onnxprune.io.interchange import ModelSource
 from onnxprune.passes.validate import doubted_ranges, measured_inputs
 from onnxprune.passes.workspace import Workspace, timing_feed
@@ -40,7 +41,8 @@ def compare_models(context: Context, model: ModelSource, *, metric: Metric | Non
     with ExitStack() as stack:
         one, two = (stack.enter_context(Workspace.of(a)) for a in (context.analysis, other))
         # Inputs have to suit both: sizes that one leaves open may be fixed in the other.
-        narrow = two if _fixed_sizes(other) > _fixed_sizes(context.analysis) else one
+        is_narrower = _fixed_sizes(other) > _fixed_sizes(context.analysis)
+        narrow = two if is_narrower and not resized_of(other.loaded.as_read) else one
         with context.stage("inputs"):
             feeds, name = measured_inputs(context, narrow.analysis)
             facts += doubted_ranges(context)
@@ -117,6 +119,7 @@ def check_interfaces(one: Analysis, other: Analysis) -> None:
         UsageError: they have not; the first difference is named.
     """
     pairs = [_interface(analysis) for analysis in (one, other)]
+    resized = resized_of(other.loaded.as_read)
     for what, first, second in zip(("input", "output"), *pairs, strict=True):
         missing = [name for name in first if name not in second]
         added = [name for name in second if name not in first]
@@ -129,7 +132,7 @@ def check_interfaces(one: Analysis, other: Analysis) -> None:
                 hint=f"Compare models with the same names of inputs and outputs; the other one has: {there}.",
             )
         for name, a in first.items():
-            _check_same(what, name, a, second[name])
+            _check_same(what, name, a, _before_removals(second[name], resized.get(name, ()), a))
 
 
 _Type = tuple[str, tuple[int | str | None, ...] | None]
@@ -172,6 +175,17 @@ def _check_same(what: str, name: str, one: _Type, other: _Type) -> None:
             f"{_sizes_of(other[1])} in the second",
             hint="Compare models whose fixed sizes are the same.",
         )
+
+
+def _before_removals(actual: _Type, stages: Sequence[Stage], reference: _Type) -> _Type:
+    """Return the type of an input or output before removals of its channels, where it then fits a reference."""
+    if actual[1] is None or reference[1] is None or len(actual[1]) != len(reference[1]):
+        return actual
+    shape, known = list(actual[1]), [size if isinstance(size, int) else 0 for size in reference[1]]
+    for stage in stages:
+        if stage.fits(known):
+            return actual[0], tuple(stage.sizes.get(axis, size) for axis, size in enumerate(shape))
+    return actual
 
 
 def _sizes_of(shape: Sequence[Any]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnxprune.channels.analysis import Analysis
+from onnxprune.graph.resized import Resizing
 from onnxprune.passes.calibration import CalibrationBatches, TrialSplit
 from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime import sessions
@@ -31,6 +32,7 @@ class WorkerRun:
         input_shapes: {input: shape} for dynamic inputs.
         feeds: inputs to recover from and to evaluate on; None for synthetic inputs.
         approximate: whether channels may be removed through normalisations.
+        resizing: inputs and outputs that may lose channels.
         reshape_axis: see :meth:`onnxprune.channels.analysis.Analysis.with_reshape_axis`.
         seed: seed of all random numbers.
         libraries: libraries of custom operators.
@@ -43,6 +45,7 @@ class WorkerRun:
     input_shapes: Mapping[str, Sequence[int]] | None
     feeds: tuple[Feed, ...] | None
     approximate: bool
+    resizing: Resizing
     reshape_axis: str
     seed: int
     libraries: tuple[str, ...] = ()
@@ -66,6 +69,7 @@ class WorkerRun:
             context.input_shapes,
             None if context.calibration is None else tuple(_first(context, analysis, samples)),
             analysis.approximate,
+            analysis.resizing,
             analysis.reshape_axis,
             context.seed,
             sessions.libraries(),
@@ -84,7 +88,8 @@ class WorkerRun:
 
     def _settings(self) -> tuple[Any, ...]:
         flat = repr(self.input_shapes), repr(self.outputs)
-        return (self.model, self.approximate, self.reshape_axis, self.seed, self.effort, self.memory_limit, *flat)
+        known = (self.model, self.approximate, self.resizing, self.reshape_axis, self.seed)
+        return (*known, self.effort, self.memory_limit, *flat)
 
     def open(self) -> tuple[Context, Analysis]:
         """Analyse the model, once per worker."""
@@ -119,7 +124,7 @@ def _opened(run: WorkerRun) -> Context:
         effort=run.effort,
         memory_limit=run.memory_limit,
     )
-    return Context.of(run.model, settings, approximate=run.approximate)
+    return Context.of(run.model, settings, approximate=run.approximate, resizing=run.resizing)
 
 
 def unpacked(packed: bytes, atoms: int) -> Mask:

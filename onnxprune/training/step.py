@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune.errors import ModelError
 from onnxprune.gradients.backward import TrainingGraph
+from onnxprune.graph.resized import fitted, resized_of
 from onnxprune.runtime.sessions import CANNOT_RUN, Array, Feed, open_session, shorten
 
 Vector = NDArray[np.float32]
@@ -72,6 +73,7 @@ class Step:
         self._graph, self._parameters = graph, parameters
         self._session = open_session(graph.model.SerializeToString(), threads=threads)
         self._inputs = {i.name for i in self._session.get_inputs()}
+        self._resized = resized_of(graph.model)
         self.gradient: Vector = np.zeros_like(parameters.vector)
         self._sum: Vector | None = None
 
@@ -89,7 +91,7 @@ class Step:
     def _run(self, feed: Feed, gradient: Vector) -> float:
         binding = self._session.io_binding()
         views = self._parameters.views(self._parameters.vector)
-        for name, value in {**feed, **views}.items():
+        for name, value in {**fitted(self._resized, feed), **views}.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value).reshape(value.shape))
         binding.bind_output(self._graph.loss)

@@ -113,6 +113,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     args += ["--data", data, "--samples", "9", "--batch-size", "4"]
     args += ["--recover", "bn", "--memory-limit", "2GB", "--cache", model.parent / "kept"]
     args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3", "--custom-op-library", data]
+    args += ["--resize-io", "past*", "--resize-io", "present*", "--cache-heads"]
     assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
@@ -160,6 +161,8 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "pattern_lock": None,
         "depth": None,
         "keep_cache": False,
+        "resize_io": ("past*", "present*"),
+        "cache_heads": True,
         "remove_dead": False,
         "outputs": None,
         "providers": ["cpu", "CPUExecutionProvider"],

@@ -14,7 +14,7 @@ from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
 from onnxprune.runtime.fidelity.figures import Sums, add, finish
 from onnxprune.runtime.fidelity.kinds import Hint, Level, Part, Reading, read_outputs
 from onnxprune.runtime.fidelity.measures import Measure, measure_of
-from onnxprune.runtime.sessions import Feed, Openable, Progress, open_session, run
+from onnxprune.runtime.sessions import Feed, Openable, Progress, at_sizes_of, open_session, run
 
 Outputs = Mapping[str, tuple[str, int | None]]
 """Kinds of outputs as a user set them: {output: (kind, axis or None)}."""
@@ -154,7 +154,8 @@ def _batches(
     absent = {name for name, hint in hints.items() if hint.past and names.isdisjoint((name, hint.past))}
     for index, (feed, values) in enumerate(zip(feeds, outputs, strict=False)):
         want = original.outputs(feed) if values is None else values
-        yield feed, {name: value for name, value in want.items() if name not in absent}, run(after, feed)
+        want = at_sizes_of(after, {name: value for name, value in want.items() if name not in absent})
+        yield feed, want, run(after, feed)
         if progress and total:
             progress("fidelity", (index + 1) / total)
 
