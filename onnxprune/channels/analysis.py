@@ -25,7 +25,7 @@ from onnxprune.io.interchange import ModelSource
 from onnxprune.io.read import Loaded, load
 from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids, Label
-from onnxprune.operators.context import Table
+from onnxprune.operators.context import Opened, Table
 from onnxprune.operators.registry import rule_of
 from onnxprune.report.facts import LayerFacts, Network, NetworkNode
 
@@ -73,6 +73,7 @@ class Analysis:
         input_shapes: sizes for dynamic inputs, {name: shape}.
         approximate: let groups run through normalisations that stay defined over fewer channels.
         resizing: inputs and outputs that may lose channels; None: all keep their sizes.
+        opened: sizes of the interface that may change; None: none.
 
     Raises:
         OnnxpruneError: the model cannot be read, or an input shape or a pattern does not fit.
@@ -99,6 +100,7 @@ class Analysis:
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         approximate: bool = False,
         resizing: Resizing | None = None,
+        opened: Opened | None = None,
     ) -> None:
         with paused():
             loaded = source if isinstance(source, Loaded) else load(source)
@@ -109,7 +111,8 @@ class Analysis:
             check_extents(folded, facts.probes[0])
             graph, hoists = hoist(folded, facts)
             resizing = (resizing or Resizing()).within(graph)
-            table = push_labels(graph, facts, approximate=approximate, resizable=resizing.names or frozenset())
+            resizable = resizing.names or frozenset()
+            table = push_labels(graph, facts, approximate=approximate, resizable=resizable, opened=opened)
             units, unstored = _resolve(table, "head_dim")
         vars(self).update(loaded=loaded, approximate=approximate, resizing=resizing, unshared=unshared, copies=copies)
         vars(self).update(folds=folds)

@@ -11,7 +11,7 @@ from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.algebra import broadcast
 from onnxprune.labels.atoms import Atoms, Reason
-from onnxprune.operators.context import Step, Table, without_axis
+from onnxprune.operators.context import Opened, Step, Table, without_axis
 from onnxprune.operators.registry import NoRule, lookup
 
 # A rule that raises is a bug; users still get a correct model because the node is frozen. Tests set this to
@@ -20,7 +20,12 @@ STRICT = bool(os.environ.get("ONNXPRUNE_STRICT"))
 
 
 def push_labels(
-    graph: Graph, facts: Facts, *, approximate: bool = False, resizable: Collection[str] = frozenset()
+    graph: Graph,
+    facts: Facts,
+    *,
+    approximate: bool = False,
+    resizable: Collection[str] = frozenset(),
+    opened: Opened | None = None,
 ) -> Table:
     """Compute labels of every tensor, and the ledger of united and frozen atoms.
 
@@ -29,10 +34,11 @@ def push_labels(
         facts: shapes and values at the probe sizes.
         approximate: let labels through normalisations that stay defined over fewer channels.
         resizable: names of inputs and outputs that may lose channels.
+        opened: tables and outputs that may lose tokens; None: none.
     """
     caches = [c for c in find_caches(graph) if c.past in resizable and c.present in resizable] if resizable else []
     spans = _spans_of_inputs(graph, facts, approximate, resizable, caches) if resizable else {}
-    table = _pushed(Table(graph, facts, Atoms(), approximate, spans))
+    table = _pushed(Table(graph, facts, Atoms(), approximate, spans, opened))
     for name in graph.outputs:
         if name not in resizable:
             _freeze(table, name, Reason.GRAPH_OUTPUT, "a graph output keeps its shape")
@@ -155,4 +161,6 @@ def _freeze(table: Table, name: str, code: str, detail: str) -> None:
     op = producer.op if producer is not None else ""
     why = table.atoms.barrier(code, name, op, detail)
     for label in table.get(name):
+        if code == Reason.GRAPH_OUTPUT and name in table.opened.outputs and label.axes == (label.ids.ndim - 1,):
+            continue
         table.atoms.freeze(label.ids, why)

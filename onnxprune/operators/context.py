@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from onnxprune.graph.view import Graph, Node
 from onnxprune.labels import algebra
 from onnxprune.labels.algebra import broadcast, merge
 from onnxprune.labels.atoms import Atoms, Reason
-from onnxprune.labels.label import NONE, Ids, Label, Labels, covering
+from onnxprune.labels.label import NONE, Ids, Label, Labels, covering, drop
 from onnxprune.operators.registry import Move, rule_of
 
 # Element types of constants that are weights: floats, and the integers of quantised weights.
@@ -50,6 +51,19 @@ def _repeats(label: Label, axis: int, period: int) -> bool:
     return bool((parts == parts[..., :1, :]).all())
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Sizes that may change although the interface of the model depends on them, because the caller changes it as well.
+
+    Attributes:
+        lookups: (first output of an operator, input) of tables that lose rows: their index is renumbered.
+        outputs: outputs of the model whose last axis may lose positions.
+    """
+
+    lookups: frozenset[tuple[str, int]] = frozenset()
+    outputs: frozenset[str] = frozenset()
+
+
 class Table:
     """Labels of every tensor visited so far; the labels of a constant are created at first access."""
 
@@ -60,8 +74,10 @@ class Table:
         atoms: Atoms,
         approximate: bool = False,
         resizable: Mapping[str, Sequence[tuple[tuple[int, ...], int]]] | None = None,
+        opened: Opened | None = None,
     ) -> None:
         self.graph, self.facts, self.atoms, self.approximate = graph, facts, atoms, approximate
+        self.opened = opened or Opened()
         self.resizable = resizable or {}
         """Inputs and outputs that may lose channels: (axes, pack axis) of each label that an input is born with."""
         self._labels: dict[str, Labels] = {}
@@ -262,6 +278,17 @@ class Step:
         for axis in sorted({a for x in labels for a in x.axes if a not in keep}):
             labels = self.drop_axis(labels, axis, code, detail)
         return labels
+
+    def may_lose_rows(self, i: int) -> bool:
+        """Return whether input ``i`` is a table whose index is renumbered with its rows."""
+        return (self.node.outputs[0], i) in self.table.opened.lookups
+
+    def without_rows(self, labels: Labels) -> Labels:
+        """Return the labels of a table that may lose rows without those of its rows, which are looked up."""
+        rows = covering(labels, 0)
+        if rows is None or not rows.is_grid:
+            return labels if rows is None else drop(labels, rows)
+        return self.drop_axis(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
 
     def approximate(self, labels: Labels, axis: int) -> bool:
         """Return whether normalising over a pruned ``axis`` is enabled; its groups are then marked as not exact."""

@@ -43,7 +43,9 @@ class Gather(Rule):
         labels, axis = step.labels(0), step.axis()
         rank = len(step.shape(1))
         index = step.table.facts.static_value(step.node.inputs[1])
-        if covering(labels, axis) is not None and (index is None or rank > 1):
+        if step.may_lose_rows(0):
+            labels = step.without_rows(labels)
+        elif covering(labels, axis) is not None and (index is None or rank > 1):
             labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "positions of this axis are looked up by index")
         elif index is not None and covering(labels, axis) is not None:
             labels = step.take(labels, axis, np.atleast_1d(index).astype(np.int64) % step.shape(0)[axis])
@@ -83,6 +85,10 @@ class Gather(Rule):
         return require_value(values, 0).take(
             require_value(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0)
         )
+
+    def lookups(self, node: Node) -> Sequence[tuple[int, int]]:
+        """Return the index and the data, where rows are picked."""
+        return ((1, 0),) if node.attrs.get("axis", 0) == 0 else ()
 
     def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
         """Return the size of the gathered axis."""

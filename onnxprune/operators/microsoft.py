@@ -104,7 +104,9 @@ class EmbedLayerNorm(Rule):
             if not step.has(i):
                 continue
             labels, rank = step.labels(i), len(step.shape(i))
-            if rank == 2:
+            if rank == 2 and step.may_lose_rows(i):
+                labels = step.without_rows(labels)
+            elif rank == 2:
                 labels = step.drop_axis(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
             for label in labels:
                 joint = step.merge(joint, Label(label.ids.reshape(1, 1, -1), 2))
@@ -112,6 +114,10 @@ class EmbedLayerNorm(Rule):
             step.fix(joint, 2, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
         step.set(0, joint)
         step.set(2, joint)
+
+    def lookups(self, node: Node) -> Sequence[tuple[int, int]]:
+        """Return words and segments with their tables."""
+        return ((0, 2), (1, 4))
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None]:
         """Return shapes [batch, sequence, hidden], [batch] of the mask, and that of the sum before normalisation."""

@@ -590,8 +590,11 @@ class PackedGather(Rule):
         axis, packed = int(step.attr("gather_axis", 0)), int(step.attr("quantize_axis", 1))
         if len(shape) != 2 or axis % 2 != 0 or packed % 2 != 1 or width % shape[1]:
             return
-        for labels in (codes, scales):
-            step.fix(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
+        if step.may_lose_rows(0):
+            step.unite(step.axis_ids(codes, 0), step.axis_ids(scales, 0), "the scales of its rows")
+        else:
+            for labels in (codes, scales):
+                step.fix(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
         ids, scale_ids = step.axis_ids(codes, 1), step.axis_ids(scales, 1)
         block = int(step.attr("block_size", 128))
         if scale_ids is None or (self._packed_zeros(step) and not step.alone(3)):
@@ -600,10 +603,14 @@ class PackedGather(Rule):
             step.unite(ids, scale_ids[np.arange(shape[1]) * (width // shape[1]) // block], _SETTING)
         if step.has(3):
             zeros = step.labels(3)
+            if step.may_lose_rows(0):
+                step.unite(step.axis_ids(codes, 0), step.axis_ids(zeros, 0), "the zero points of its rows")
             if self._packed_zeros(step):
-                step.fix_all_but(zeros, (), Reason.OPERAND, "zero points are packed along this axis")
+                rows = (0,) if step.may_lose_rows(0) else ()
+                step.fix_all_but(zeros, rows, Reason.OPERAND, "zero points are packed along this axis")
             else:
-                step.fix(zeros, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
+                if not step.may_lose_rows(0):
+                    step.fix(zeros, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
                 step.unite(step.axis_ids(zeros, 1), scale_ids, _SETTING)
         if ids is not None:
             rank = len(step.out_shape())
@@ -616,12 +623,17 @@ class PackedGather(Rule):
 
     def rewrite(self, cut: Cut) -> None:
         """Repack zero points that are stored in bytes."""
-        keep = cut.keep(cut.node.inputs[2], 1)
+        keep, rows = (cut.keep(cut.node.inputs[2], axis) for axis in (1, 0))
         if keep is None or not self._packed_zeros(cut.before):
             return
-        rows, bits = cut.before.shape(3)[0], int(cut.attr("bits", 4))
-        shape = (rows, -(-int(keep.sum()) * bits // 8))
-        cut.derive(3, shape, partial(_surviving_settings, rows=np.ones(rows, bool), blocks=keep, bits=bits))
+        bits = int(cut.attr("bits", 4))
+        rows = np.ones(cut.before.shape(3)[0], bool) if rows is None else rows
+        shape = (int(rows.sum()), -(-int(keep.sum()) * bits // 8))
+        cut.derive(3, shape, partial(_surviving_settings, rows=rows, blocks=keep, bits=bits))
+
+    def lookups(self, node: Node) -> Sequence[tuple[int, int]]:
+        """Return the index and the codes, where rows are picked."""
+        return ((1, 0),) if node.attrs.get("gather_axis", 0) == 0 else ()
 
     def numbers(self, node: Node, i: int, codes: Array, read: Read) -> Array | None:
         """Dequantise to [rows, columns]; codes in bytes to [rows, bytes, codes per byte]."""

@@ -252,6 +252,10 @@ class Rule:
         """
         return list(target)
 
+    def lookups(self, node: Node) -> Sequence[tuple[int, int]]:
+        """Return pairs of positions: an input of indices, and that of the table whose rows it picks."""
+        return ()
+
     def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
         """Return the number of positions that the integers of input ``i`` select from; None where they are no indices.
 
