@@ -34,6 +34,7 @@ from onnxprune.passes import (
     Sparsify,
     StoreZeros,
     Validate,
+    Vocabulary,
 )
 from onnxprune.passes.finetune import ShortFinetune
 from onnxprune.passes.prune import with_criterion
@@ -66,6 +67,9 @@ def prune(
     ratio: float | None = None,
     depth: float | str | None = None,
     keep_cache: bool = False,
+    vocabulary: Any = None,
+    keep_ids: bool = False,
+    tokenizer: str | Path | None = None,
     plan: Plan | str | Path | None = None,
     remove_dead: bool = False,
     layers: Mapping[str, float] | None = None,
@@ -124,12 +128,17 @@ def prune(
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
             [channels]; some need ``data``. None: ``ziplm`` with data, else ``l2``.
         ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3, or
-            no units where ``depth`` is given.
+            no units where ``depth`` or ``vocabulary`` is given.
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`; or ``"auto"``: as many
             as ``target`` is best met with. None: none.
         keep_cache: leave inputs and outputs for the caches of branches that ``depth`` removes, each output being the
             input; False: they go as well.
+        vocabulary: tokens to keep, the others leave embeddings and logits: ids, a text or JSON file of ids, ``"auto"``
+            for those in ``data``, or {input: one of these}, see :class:`onnxprune.passes.Vocabulary`. None: all.
+        keep_ids: let the inputs of a model with a smaller vocabulary take ids of the original; False.
+        tokenizer: config.json, tokenizer.json or a folder with them: special tokens, which ``vocabulary`` must not
+            drop; None: none are known.
         plan: a plan or its file, replayed instead of scoring; None: score.
         remove_dead: remove only units that change no output, whatever the inputs are, in place of a ratio, see
             :class:`onnxprune.passes.RemoveDead`; False.
@@ -250,7 +259,9 @@ def prune(
         first = Prune(criterion, share, plan=plan, **common)
     which = {"include": include, "exclude": exclude, "keep_cache": keep_cache}
     shorter = _shortening(depth, first, validate, which)
-    if shorter and not (ratio is not None or layers or spec.any or _lists_more(first.replayed)):
+    words = _vocabulary(vocabulary, keep_ids, tokenizer, first, validate)
+    asked = ratio is not None or layers or spec.any or remove_dead
+    if (shorter or words) and not (asked or _lists_more(first.replayed)):
         first = None
     tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
@@ -258,6 +269,9 @@ def prune(
     trained = [ShortFinetune()] if by_default else tuned
     locks = _locking(pattern_lock, mode_and_reason[0], tuned)
     stages = [*locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, trained)]
+    if words and first is None and not shorter:
+        stages = [Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
+    stages = [*words, *stages]
     stages = [Flush(), *stages] if remove_dead else stages  # what is next to 0 may be all that a unit has
     pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
     result = pipe.execute(model, run)
@@ -330,6 +344,18 @@ def _shortening(depth: float | str | None, first: Any, validate: bool, which: di
     if plan is not None and plan.branches:
         return [Depth(plan=plan, check=validate)]
     return [] if depth is None or isinstance(depth, str) else [Depth(depth, check=validate, **which)]
+
+
+def _vocabulary(
+    tokens: Any, keep_ids: bool, tokenizer: str | Path | None, first: Any, validate: bool
+) -> list[Vocabulary]:
+    """Return the removal of tokens that was asked for, if any."""
+    plan = first.replayed if isinstance(first, Prune) else None
+    if plan is not None and plan.vocabulary is not None:
+        return [Vocabulary(plan=plan, tokenizer=tokenizer, check=validate)]
+    if tokens is None:
+        return []
+    return [Vocabulary(tokens, keep_ids=keep_ids, tokenizer=tokenizer, check=validate)]
 
 
 def _lists_more(plan: Plan | None) -> bool:

@@ -18,18 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan
+from onnxprune.channels.plan import Plan, PlanVocabulary, map_text
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
 from onnxprune.graph.resized import Resizing
-from onnxprune.io.files import encode_text
+from onnxprune.io.files import append_suffix, encode_text
 from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
@@ -92,6 +92,12 @@ class Calibration:
         first = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
         first._samples = self.open().first(samples)
         return first
+
+    def through(self, analysis: Analysis, change: Callable[[Feed], Feed]) -> Calibration:
+        """Return the same inputs for another model, with a function applied to every call."""
+        other = Calibration(self._data, analysis, self.limit, self.batch_size, self._images)
+        other._samples = self.open().through(change)
+        return other
 
 
 _logger = logging.getLogger("onnxprune")
@@ -311,6 +317,19 @@ class RunSettings:
         checked("effort", self.effort)
 
 
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """A model that answers fewer questions than the user's, in the place of the original.
+
+    Attributes:
+        origin: analysis of the user's model.
+        vocabulary: the tokens that are left.
+    """
+
+    origin: Analysis
+    vocabulary: PlanVocabulary
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Context:
     """The arguments of a run; the same for all of its passes.
@@ -329,6 +348,7 @@ class Context:
         outputs: kinds of outputs that the user set, {output: (kind, axis or None)}.
         labels: labels of the inputs, an array or its file; None without.
         known: outputs of the original that were computed so far.
+        restriction: the original that this one was made of before the first pass; None where it is the user's model.
     """
 
     analysis: Analysis
@@ -344,6 +364,12 @@ class Context:
     effort: Effort = EFFORTS["normal"]
     labels: Any = None
     known: KnownOutputs = field(default_factory=KnownOutputs)
+    restriction: Restriction | None = None
+
+    @property
+    def origin(self) -> Analysis:
+        """The analysis of the user's model."""
+        return self.analysis if self.restriction is None else self.restriction.origin
 
     def __repr__(self) -> str:
         data = "no data" if self.calibration is None else "data"
@@ -640,6 +666,17 @@ class Pass(ABC):
         return f"<{self.label}>"
 
 
+@runtime_checkable
+class Restricting(Protocol):
+    """A pass that puts another model in the place of the original before the first pass, and ends the run."""
+
+    def restrict(self, context: Context) -> tuple[Context, Sequence[Fact]]:
+        """Return the run on the other model, and facts."""
+
+    def finish(self, context: Context, model: Model) -> Model:
+        """Return the final model as the user gets it."""
+
+
 class FunctionPass(Pass):
     """A function of context and model as a pass.
 
@@ -716,6 +753,7 @@ _BUILT_IN: dict[str, Any] = {
     "remove-dead": "onnxprune.passes.remove_dead:RemoveDead",
     "sparsify": "onnxprune.passes.sparsify:Sparsify",
     "validate": "onnxprune.passes.validate:Validate",
+    "vocabulary": "onnxprune.passes.vocabulary:Vocabulary",
 }
 _named: Named[Any] = Named("pass", ENTRY_POINT, _BUILT_IN)
 
@@ -836,14 +874,20 @@ class Pipeline:
             approximate=any(stage.approximate for stage in self.passes),
             resizing=Resizing(names=planned) if planned else None,
         )
+        facts: list[Fact] = [Sizes(bytes_before=context.analysis.loaded.size)]
+        restricting = [stage for stage in self.passes if isinstance(stage, Restricting)]
+        for restriction in restricting:
+            context, found = restriction.restrict(context)
+            facts += found
         current = Model.of(context.analysis)
         for stage in self.passes:
             _require(stage, context, current, of_context=True)
-        facts: list[Fact] = [Sizes(bytes_before=context.analysis.loaded.size)]
         for stage in self.passes:
             result = apply(stage, context, current)
             current = result.model
             facts += result.facts
+        for restriction in restricting:
+            current = restriction.finish(context, current)
         return Result(context, current, facts)
 
 
@@ -919,10 +963,15 @@ class Result:
 
     def __init__(self, context: Context, final: Model, facts: Sequence[Fact] = ()) -> None:
         self.context, self.final = context, final
-        original = context.analysis
+        original = context.origin
         sizes = Sizes(params_before=original.parameters, params_after=final.num_parameters)
+        if context.restriction is not None:
+            sizes = replace(sizes, macs_before=sum(layer.macs_before for layer in original.layers))
         self.facts: tuple[Fact, ...] = (*facts, sizes, context.stages.timings())
         self.plan: Plan = final.plan
+        if context.restriction is not None:
+            digest = final.plan.model_sha256 or original.loaded.sha256
+            self.plan = replace(final.plan, vocabulary=context.restriction.vocabulary, model_sha256=digest)
         self.report: Report = report_of(self.facts, model=str(original.loaded.path or ""))
         self.report.network = original.network
         self._assembled: onnx.ModelProto | None = None
@@ -977,11 +1026,16 @@ class Result:
         Raises:
             UsageError: the target is the input, or cannot be written.
         """
-        loaded = self.context.analysis.loaded
+        loaded = self.context.origin.loaded
         check_output(path, loaded.path, [*loaded.external, *self.final.files])
         companions = {Path(plan): encode_text(self.plan.text())} if plan is not None else {}
+        if self.plan.vocabulary is not None:
+            names = append_suffix(Path(path), ".vocabulary.json")
+            companions[names] = encode_text(map_text(self.plan.vocabulary))
         external = bool(loaded.external)
         size = save(*self.final.parts, path, prefer_external=external, companions=companions)
+        if self.report.vocabulary is not None:
+            self.report.vocabulary.map = str(names)
         self.report.totals.bytes_after = size
         self.report.output = str(path)
         return size

@@ -266,6 +266,21 @@ class BranchAmount(Kind):
         return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
 
 
+class Tokens(Kind):
+    """Ids of tokens, a file of them, or ``auto``; by input where several hold ids."""
+
+    metavar = "FILE|auto"
+    allowed = "ids, the path of a text or JSON file of ids, `auto`, or {input: one of these}"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the value; raises UsageError for what is none of these."""
+        from os import PathLike
+
+        if not isinstance(value, (str, PathLike, Iterable)) or (isinstance(value, str) and not value.strip()):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a file of ids, a list of ids, or auto.")
+        return value
+
+
 class Text(Kind):
     """Any text."""
 
@@ -791,6 +806,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
         v.get("data") is not None or v.get("recover") == "datafree" or _kinds(v, "latency") or "targets" in v
     ),
     "depth": lambda v: v.get("depth") is not None,
+    "vocabulary": lambda v: v.get("vocabulary") is not None,
     "budget": has_budget,
     "target": lambda v: bool(v.get("target")) or "targets" in v,
     "budget or points": lambda v: has_budget(v) or "target" not in v,
@@ -987,6 +1003,32 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         conflicts=_PLAN,
         brief="Let caches of a decoder shrink.",
+    ),
+    Setting(
+        "vocabulary",
+        Tokens(),
+        f"Remove the tokens that are not among these ids: rows of embeddings, columns of logits; auto: those that "
+        f"{argument('data')} holds and special ones. Channels stay unless {argument('ratio')} or {argument('target')} "
+        "is given too. The map from old to new ids is written beside the model.",
+        {"prune": AMOUNT},
+        conflicts=_PLAN,
+        brief="Tokens to keep: a file of ids, or auto.",
+    ),
+    Setting(
+        "keep_ids",
+        Flag(),
+        "Put a list in front of the model, so that its inputs go on taking ids of the original.",
+        {"prune": WHAT},
+        False,
+        needs=Need("vocabulary", "is about the ids of a smaller vocabulary", f"Give {argument('vocabulary')}."),
+    ),
+    Setting(
+        "tokenizer",
+        PathTo("PATH", "a path of config.json, tokenizer.json or a folder with them"),
+        f"Where special tokens are listed, which {argument('vocabulary')} must not drop: config.json, tokenizer.json, "
+        "or a folder with them.",
+        {"prune": WHAT},
+        needs=Need("vocabulary", "is about the tokens of a vocabulary", f"Give {argument('vocabulary')}, or drop it."),
     ),
     Setting(
         "rank",

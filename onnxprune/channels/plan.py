@@ -61,6 +61,20 @@ class PlanBranch:
     keep_cache: bool = False
 
 
+@dataclass(slots=True)
+class PlanVocabulary:
+    """The tokens that are left: ids of the input model, rising, the place of each being its new id.
+
+    ``inputs``: inputs of ids; ``size``: number of tokens of the input model; ``keep_ids``: whether the model goes on
+    taking ids of the input model.
+    """
+
+    inputs: list[str] = field(default_factory=list)
+    size: int = 0
+    kept: list[int] = field(default_factory=list)
+    keep_ids: bool = False
+
+
 @dataclass(slots=True, repr=False)
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file.
@@ -76,6 +90,7 @@ class Plan:
     factorized: list[PlanFactors] = field(default_factory=list)
     branches: list[PlanBranch] = field(default_factory=list)
     resize_io: list[str] = field(default_factory=list)
+    vocabulary: PlanVocabulary | None = None
 
     def __repr__(self) -> str:
         units = sum(len(group.removed or ()) for group in self.groups)
@@ -91,10 +106,11 @@ class Plan:
         for branch in data["branches"]:
             if not branch["keep_cache"]:
                 del branch["keep_cache"]
-        for name in ("branches", "resize_io", "factorized"):
+        for name in ("branches", "resize_io", "factorized", "vocabulary"):
             if not data[name]:
                 del data[name]
-        names = ("version", "model_sha256", "criterion", "resize_io", "branches", "groups", "barriers", "factorized")
+        names = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "branches", "groups", "barriers")
+        names = (*names, "factorized")
         return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:
@@ -156,3 +172,16 @@ def _lines(data: Mapping[str, Any]) -> str:
     branches = block([json.dumps(item) for item in data.get("branches", ())], "\n ]")
     text += f',\n "branches": {branches}' if data.get("branches") else ""
     return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{tail}}}\n'
+
+
+def map_text(entry: PlanVocabulary) -> str:
+    """Return the map of ids as the text of its file: {old id: new id}, and the old id of each new one."""
+    data = {
+        "version": 1,
+        "inputs": entry.inputs,
+        "size": entry.size,
+        "keep_ids": entry.keep_ids,
+        "new_id": {str(old): new for new, old in enumerate(entry.kept)},
+        "old_id": entry.kept,
+    }
+    return json.dumps(data) + "\n"

@@ -14,6 +14,7 @@ from onnxprune.passes.recover import Recover
 from onnxprune.passes.remove_dead import RemoveDead
 from onnxprune.passes.sparsify import Sparsify
 from onnxprune.passes.validate import Validate
+from onnxprune.passes.vocabulary import Vocabulary
 from onnxprune.passes.zeros import LockZeros, StoreZeros
 from onnxprune.pipeline import (
     Context,
@@ -54,6 +55,7 @@ __all__ = [
     "Sparsify",
     "StoreZeros",
     "Validate",
+    "Vocabulary",
     "get",
     "names",
     "register",

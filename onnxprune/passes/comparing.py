@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, ValidationError
+from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.precision import epsilons
+from onnxprune.graph.probes import input_specs
 from onnxprune.operators.registry import rule_of
-from onnxprune.passes.workspace import Workspace
+from onnxprune.passes.workspace import Workspace, synthetic_feeds
+from onnxprune.pipeline import Context
 from onnxprune.pruning.holding import MADE, SEEN, Holding, SurvivorSteps, no_steps
 from onnxprune.pruning.masked import Model
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime.compare import Comparison, Rounding, compare_models
+from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.sessions import Feed, Openable, open_session, run
 
 
@@ -127,6 +131,56 @@ class Pair:
                 return
             with self.trial.lend(*self.other, "other") as other:
                 yield one, other
+
+
+def compare_everywhere(pair: Pair, calls: Iterable[tuple[Feed, bool]], what: str) -> Exactness:
+    """Compare two models on several calls; return the worst.
+
+    Args:
+        pair: the models.
+        calls: inputs, and whether the reference has to run on them: it may declare more sizes open than it runs at.
+        what: the other model in the error.
+
+    Raises:
+        ValidationError: they differ. ModelError: the reference does not run.
+    """
+    worst: Exactness | None = None
+    for feed, is_needed in calls:
+        try:
+            now = pair.compared([feed]).facts
+        except ModelError:
+            if is_needed:
+                raise
+            continue
+        batches = [*(worst.batches if worst else []), *now.batches]
+        worst = now if worst is None or now.passed is False or now.error >= worst.error else worst
+        worst.batches = list(dict.fromkeys(batches))
+        if worst.passed is False:
+            break
+    assert worst is not None
+    if worst.passed is False:
+        raise ValidationError(
+            f"{what} is not exact: output {worst.worst_output!r} differs by {worst.error:.3g} (allowed "
+            f"{worst.tolerance:.3g}). {worst.note}",
+            hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+        )
+    return worst
+
+
+def calls_of(context: Context, analysis: Analysis) -> Iterator[tuple[Feed, bool]]:
+    """Yield one seeded call per probe, and one at sizes that no probe has; the first has to run.
+
+    Args:
+        context: context of the run.
+        analysis: analysis of the model.
+    """
+    for number, feed in enumerate(synthetic_feeds(context, analysis)):
+        yield feed, not number
+    facts, graph = analysis.facts, analysis.graph
+    probe = next(facts.elsewhere(), None)
+    if probe is not None:
+        bounds = integer_bounds(graph, replace(facts, probes=(*facts.probes, probe)))
+        yield synthetic(input_specs(graph), probe.inputs, bounds=bounds, seed=context.seed), False
 
 
 def _listed(operators: Mapping[str, int]) -> str:

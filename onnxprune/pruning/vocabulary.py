@@ -28,6 +28,7 @@ Kept = NDArray[np.int64]
 """The ids of the original that are left, rising: the new id of each is its place."""
 
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+_FEW = 16  # a table of so few rows, such as one of token types, may have the size of a classifier's output
 _PASSING = (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER, Move.SOME, Move.REPEAT)
 
 
@@ -87,7 +88,8 @@ def find_tables(graph: Graph, facts: Facts, wanted: str | None = None) -> TokenT
         UsageError: there is no such input, it holds no ids, or several vocabularies are equally likely.
         BudgetError: no input looks up rows of a table.
     """
-    known = {name: facts.probes[0].dtypes.get(name) for name in graph.inputs}
+    kinds = kinds_of(graph.proto, facts)
+    known = {name: kinds.get(name) for name in graph.inputs}
     if wanted is not None and wanted not in known:
         raise UsageError(
             f"{argument('vocabulary')}: the model has no input {wanted!r}", hint=nearest(wanted, list(known))
@@ -102,7 +104,7 @@ def find_tables(graph: Graph, facts: Facts, wanted: str | None = None) -> TokenT
     if not named:
         raise BudgetError(f"No embedding was found: {_why_none(known, wanted)}.", hint=_HINT)
     widths = {name: _width(graph, facts, name) for name in graph.outputs}
-    like_logits = [x for x in named if x.size in widths.values()]
+    like_logits = [x for x in named if x.size in widths.values() and x.size >= _FEW]
     size = max(x.size for x in like_logits or named)
     chosen = [x for x in named if x.size == size]
     joined = _joined([chosen[0]], lookups)
@@ -129,6 +131,11 @@ def _why_none(kinds: Mapping[str, int | None], wanted: str | None) -> str:
     return f"no input holds ids, but {', '.join(map(repr, list(kinds)[:4]))} hold numbers of other types"
 
 
+def kinds_of(proto: onnx.ModelProto, facts: Facts) -> dict[str, int]:
+    """Return the element types of tensors, inputs of the model among them."""
+    return {**facts.probes[0].dtypes, **{i.name: i.type.tensor_type.elem_type for i in proto.graph.input}}
+
+
 def _joined(chosen: list[Lookup], lookups: Sequence[Lookup]) -> list[Lookup]:
     """Return the lookups that share inputs or weights with some, directly or through others, and their size."""
     joined = list(chosen)
@@ -145,9 +152,9 @@ def _joined(chosen: list[Lookup], lookups: Sequence[Lookup]) -> list[Lookup]:
 def _width(graph: Graph, facts: Facts, name: str) -> int | None:
     """Return the size of the last axis of an output of floats, where it is always the same."""
     shape, kind = facts.shape(name), facts.probes[0].dtypes.get(name)
-    if not shape or kind in _INTEGERS or facts.varies(name, len(shape) - 1):
+    if not shape or len(shape) < 2 or kind in _INTEGERS or facts.varies(name, len(shape) - 1):
         return None
-    return shape[-1]
+    return None if shape[-1] is None else int(shape[-1])
 
 
 def _lookups(graph: Graph, facts: Facts) -> Iterator[Lookup]:
@@ -185,7 +192,7 @@ def _roots(graph: Graph, name: str) -> frozenset[str]:
 
 def ids_of(graph: Graph, facts: Facts, inputs: Sequence[str]) -> dict[str, frozenset[str]]:
     """Return the tensors that hold the integers of some inputs, moved at most, with these inputs."""
-    kinds = facts.probes[0].dtypes
+    kinds = kinds_of(graph.proto, facts)
     holds = {name: frozenset((name,)) for name in inputs if kinds.get(name) in _INTEGERS}
     for node in graph.steps:
         if not _passes(node, holds) or not all(kinds.get(o) in _INTEGERS for o in node.outputs if o):
@@ -270,7 +277,7 @@ def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept: Kept, cut_
             hint="Remove that output of the model.",
         )
     wanted = {(x.output, x.index) for x in tables.lookups}
-    front = _front(*parts, facts.probes[0].dtypes)
+    front = _front(*parts, kinds_of(parts[0], facts))
     order = np.full(tables.size, kept.size, np.int64)
     order[kept] = np.arange(kept.size)
     for node in graph.nodes:
@@ -299,7 +306,7 @@ def _hands_on(node: Node, holds: Mapping[str, frozenset[str]]) -> bool:
 def with_front(
     parts: tuple[onnx.ModelProto, Mapping[str, Weight]],
     inputs: Sequence[str],
-    kinds: Mapping[str, int],
+    facts: Facts,
     values: NDArray[np.int64],
     outputs: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> Parts:
@@ -308,11 +315,11 @@ def with_front(
     Args:
         parts: the model.
         inputs: its inputs of ids.
-        kinds: element types of tensors, by name.
+        facts: types of the original's tensors.
         values: what stands for each id.
         outputs: positions to pick, by name of the output.
     """
-    front = _front(*parts, kinds)
+    front = _front(*parts, kinds_of(parts[0], facts))
     names = {name: front.gather("token_ids", values, name) for name in inputs}
     behind = {name: front.name(f"{name}_all") for name in outputs or {}}
     for node in parts[0].graph.node:

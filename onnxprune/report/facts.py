@@ -86,6 +86,27 @@ class ResizedTensor:
 
 
 @dataclass(slots=True)
+class VocabularyFacts:
+    """A vocabulary that lost tokens.
+
+    ``inputs``: inputs of ids; ``tables``: weights that lost rows; ``outputs``: outputs whose last axis has a position
+    for each remaining token; ``reasons``: why others keep theirs. ``special``: ids of special tokens, by name.
+    ``map``: file of the new ids.
+    """
+
+    inputs: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    tokens_before: int = 0
+    tokens_after: int = 0
+    bytes_saved: int = 0
+    special: dict[str, list[int]] = field(default_factory=dict)
+    keep_ids: bool = False
+    reasons: dict[str, str] = field(default_factory=dict)
+    map: str = ""
+
+
+@dataclass(slots=True)
 class MetricFacts:
     """A user's metric of the original and of the final model, higher is better."""
 
@@ -661,6 +682,8 @@ class Report:
     """Every residual branch, the removed ones first, in the order of their removal; empty where none was asked for."""
     resized: list[ResizedTensor] = field(default_factory=list)
     """Inputs and outputs of the model that lost channels; empty where all keep their sizes."""
+    vocabulary: VocabularyFacts | None = None
+    """The tokens that are left; null where none were removed."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
@@ -923,6 +946,7 @@ Fact = (
     | Exactness
     | Fidelity
     | MetricFacts
+    | VocabularyFacts
     | Latency
     | LayerTimes
     | BudgetFacts
@@ -988,5 +1012,6 @@ _PLACES: dict[type, str] = {
     LayerTimes: "layer_times",
     MetricFacts: "metric",
     BudgetFacts: "budget",
+    VocabularyFacts: "vocabulary",
 }
 """Fields of a report that hold one fact as it is."""

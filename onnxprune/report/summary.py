@@ -30,6 +30,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [*_proofs(report), *tables.flushed(report.flushed), *tables.dead(report.dead)]
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
+    lines += tables.vocabulary_line(report.vocabulary)
     lines += [
         *tables.branches_line(report.branches),
         *tables.resized_line(report.resized),

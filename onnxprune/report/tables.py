@@ -34,6 +34,7 @@ from onnxprune.report.facts import (
     ResizedTensor,
     TargetFacts,
     Verdict,
+    VocabularyFacts,
 )
 
 LONG = 30
@@ -341,6 +342,16 @@ def resized_line(facts: Sequence[ResizedTensor]) -> list[Text]:
     more = f" and {len(changes) - 3} other shapes" if len(changes) > 3 else ""
     first = ", ".join(one.name for one in facts[:2]) + (", ..." if len(facts) > 2 else "")
     return [Text.assemble(("resized   ", "bold"), f"{', '.join(texts)}{more} ({first})")]
+
+
+def vocabulary_line(facts: VocabularyFacts | None) -> list[Text]:
+    """Return one line on a vocabulary: tokens before and after, the bytes saved, and what the ids are now."""
+    if facts is None:
+        return []
+    lost = f"{facts.tokens_before:,} to {facts.tokens_after:,} tokens, {numbers.size(facts.bytes_saved)} saved"
+    ids = "takes ids of the original" if facts.keep_ids else "takes new ids"
+    outputs = f"; {', '.join(facts.outputs)} has a position for each" if facts.outputs else ""
+    return [Text.assemble(("vocabulary ", "bold"), f"{lost}: {', '.join(facts.inputs)} {ids}{outputs}")]
 
 
 def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:

@@ -472,6 +472,7 @@ class Samples:
     ) -> None:
         self.specs, self.batch_size, self.name = tuple(specs), batch_size, name
         self._source, self._limit, self._min_samples = source, samples, samples
+        self._change: Callable[[Feed], Feed] | None = None
         self._totals: Totals | None = None
         if source.known and specs:
             cutter = Cutter(self.specs, batch_size or _BATCH)
@@ -499,6 +500,12 @@ class Samples:
         part._min_samples = None if self._min_samples is None else min(samples, self._min_samples)
         return part
 
+    def through(self, change: Callable[[Feed], Feed]) -> Samples:
+        """Return the same data with a function applied to every call."""
+        other = copy.copy(self)
+        other._change = change
+        return other
+
     def __iter__(self) -> Iterator[Feed]:
         """One pass in batches of ``batch_size``."""
         return self.batches()
@@ -520,7 +527,7 @@ class Samples:
         for batch in cutter.batches(self._parts()):
             cropped = batch if limit is None else batch.first(limit - num_used)
             num_used += cropped.rows
-            yield cropped.feed
+            yield cropped.feed if self._change is None else self._change(cropped.feed)
             if limit is not None and num_used >= limit:
                 return
         self._enough(num_used + cutter.dropped, num_used, cutter)
