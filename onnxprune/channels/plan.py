@@ -109,8 +109,8 @@ class Plan:
         for name in ("branches", "resize_io", "factorized", "vocabulary"):
             if not data[name]:
                 del data[name]
-        names = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "branches", "groups", "barriers")
-        names = (*names, "factorized")
+        first = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "branches", "groups")
+        names = (*first, "barriers", "factorized")
         return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:
