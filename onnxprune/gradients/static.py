@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -89,7 +89,7 @@ def static_graph(proto: ModelProto, weights: Mapping[str, Weight], feed: Feed) -
     while _expand_bodies(model, values, arrays, feed):
         _lift_constants(model, arrays)
         values = _probe(model, arrays, feed)
-    return replace(_folded(model, arrays, values, feed), resized=text_of(proto))
+    return _folded(model, arrays, values, feed, text_of(proto))
 
 
 def _converted(model: ModelProto) -> ModelProto:
@@ -202,7 +202,9 @@ def _type(kind: Kind, shape: Shape) -> onnx.TypeProto:
     return onnx.helper.make_tensor_type_proto(onnx.helper.np_dtype_to_tensor_dtype(kind), shape)
 
 
-def _folded(model: ModelProto, arrays: Mapping[str, Array], values: _Values, feed: Feed) -> StaticGraph:
+def _folded(
+    model: ModelProto, arrays: Mapping[str, Array], values: _Values, feed: Feed, resized: str
+) -> StaticGraph:
     """Return the graph without what is constant."""
     constant = _constants(model.graph.node, arrays)
     graph = Graph.of(model, {})
@@ -224,6 +226,7 @@ def _folded(model: ModelProto, arrays: Mapping[str, Array], values: _Values, fee
         kinds=values.kinds,
         opsets={("" if o.domain == "ai.onnx" else o.domain): o.version for o in model.opset_import},
         ir_version=max(model.ir_version, 8),
+        resized=resized,
     )
 
 
