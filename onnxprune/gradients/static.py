@@ -202,9 +202,7 @@ def _type(kind: Kind, shape: Shape) -> onnx.TypeProto:
     return onnx.helper.make_tensor_type_proto(onnx.helper.np_dtype_to_tensor_dtype(kind), shape)
 
 
-def _folded(
-    model: ModelProto, arrays: Mapping[str, Array], values: _Values, feed: Feed, resized: str
-) -> StaticGraph:
+def _folded(model: ModelProto, arrays: Mapping[str, Array], values: _Values, feed: Feed, resized: str) -> StaticGraph:
     """Return the graph without what is constant."""
     constant = _constants(model.graph.node, arrays)
     graph = Graph.of(model, {})
