@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         sensitivity,
         sparsify,
         sweep,
+        train,
     )
     from onnxprune.channels.analysis import Analysis
     from onnxprune.channels.plan import Plan
@@ -74,6 +75,7 @@ _HOME = {
     "sensitivity": "onnxprune.api",
     "sparsify": "onnxprune.api",
     "sweep": "onnxprune.api",
+    "train": "onnxprune.api",
 }
 _RENAMED = {"repair": "recover"}
 """Old public names, which still work and warn."""
@@ -109,6 +111,7 @@ __all__ = [
     "sparsify",
     "statistics",
     "sweep",
+    "train",
 ]
 
 

@@ -29,6 +29,7 @@ from onnxprune.passes import (
     Pipeline,
     Prune,
     Recover,
+    Regularize,
     RemoveDead,
     Result,
     Sparsify,
@@ -36,7 +37,7 @@ from onnxprune.passes import (
     Validate,
     Vocabulary,
 )
-from onnxprune.passes.finetune import ShortFinetune
+from onnxprune.passes.finetune import LEAST_SAMPLES, ShortFinetune
 from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
 from onnxprune.pipeline import Context, Model, Progress, RunSettings
@@ -51,11 +52,12 @@ from onnxprune.search.latency import LatencyProfile, describe_times, latency_tab
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
-from onnxprune.settings import called, check_dead_alone, default, has_budget, record_of
+from onnxprune.settings import called, check_dead_alone, default, effort_of, has_budget, record_of
 from onnxprune.sparsification.scores import GRADIENTS as GRADIENT_SCORES
 from onnxprune.sparsification.settings import Options as SparseOptions
 from onnxprune.targets import Target, parse
 from onnxprune.targets import TargetInput as Targets
+from onnxprune.training.loop import Effort
 
 
 @called("prune")
@@ -823,6 +825,112 @@ def sparsify(
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     dead = [RemoveDead(check=validate)] if remove_dead and take.request.shape.is_plain else []
     stages = [Flush(), take, *dead, Recover(mode, why=reason), *tuned, store, check, *_measures(metric)]
+    result = Pipeline(stages).execute(model, run)
+    check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
+    return result
+
+
+PENALIZED = 0.6
+"""Share of a training with a penalty; the rest comes behind the removal."""
+
+
+@called("train")
+@with_custom_ops
+def train(
+    model: ModelSource,
+    *,
+    data: Any = None,
+    regularize: str = "group-lasso",
+    groups: str = "unit",
+    ratio: float | None = None,
+    strength: float | None = None,
+    threshold: float | None = None,
+    finetune: int | str | bool | None = None,
+    labels: Any = None,
+    remove_dead: bool = True,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    images: ImageOptions | None = None,
+    outputs: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    min_fidelity: float | None = None,
+    cache: str | Path | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    custom_op_libraries: Sequence[str | Path] = (),
+    latency: bool | str = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Train a model with a penalty that brings whole units to 0, remove these exactly, and train on without it.
+
+    Args:
+        model: path, bytes or ModelProto; never changed.
+        data: inputs, as for :func:`prune`; 64 samples or more, 512 or more do well.
+        regularize: penalty: ``group-lasso`` (default), ``slimming`` or ``l1-mask``, see
+            :class:`onnxprune.passes.Regularize`.
+        groups: weights that a group of ``group-lasso`` consists of: ``unit`` (default), ``filter``, ``channel`` or
+            ``shape``.
+        ratio: share of the units to bring to 0, 0 < ratio < 1; None: 0.3 where there is no strength.
+        strength: fixed strength of the penalty, above 0, in place of one that follows from the ratio; None: adapted.
+        threshold: relative size, or mask, below which a unit becomes 0, 0 <= threshold < 1; None: 0.05 for ``l1-mask``,
+            else 0.001.
+        finetune: steps (500) or time (``"3m"``), six tenths with the penalty, the others behind the removal; None or
+            True: 1,000 steps or 3 minutes, whichever ends first.
+        labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file; None:
+            distillation from the model alone.
+        remove_dead: remove the units that became 0, see :class:`onnxprune.passes.RemoveDead`; True.
+        input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
+        samples: number of samples to use, 1 or more; None: all.
+        batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
+        images: conversion of images to arrays; None: from the model's input.
+        outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
+            by names, values and the graph what an output is; None: none.
+        metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
+            fidelity.
+        max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
+        min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
+            original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
+        cache: folder from which a training that was interrupted goes on, on the same data; None: not kept.
+        memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
+        seed: seed of all random numbers, 0 or more; 0.
+        custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
+        latency: measure latency, with ``"layers"`` also that of each layer, which pages colour by; True.
+        progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
+
+    Returns:
+        the trained and pruned ``model``, ``plan`` and ``report``; ``save`` writes them.
+
+    Raises:
+        OnnxpruneError: with an ``exit_code``: 2 bad input, 3 model not processable, 4 validation failed, 5 a gate that
+            is not met.
+
+    Example:
+        ::
+
+            result = onnxprune.train("model.onnx", data="inputs.npz", regularize="slimming", ratio=0.5)
+            result.save("small.onnx")
+    """
+    run = record_of(RunSettings, locals())
+    if data is None:
+        raise UsageError(
+            f"a training learns from inputs, but {argument('data')} is not given",
+            hint=f"Give {LEAST_SAMPLES} samples or more, 512 and more do well; {argument('labels')} are optional.",
+        )
+    if finetune is False or finetune == "none":
+        raise UsageError(
+            f"{argument('finetune', 'none')} leaves nothing to train",
+            hint="Give steps (500), a time (90s, 3m, 1h), or nothing.",
+        )
+    effort = Effort(*effort_of(True if finetune is None else finetune, argument("finetune")))
+    penalized, rest = effort.part(PENALIZED), effort.part(1 - PENALIZED)
+    first = Regularize(
+        regularize, ratio, penalized, labels=labels, groups=groups, strength=strength, threshold=threshold
+    )
+    removal = [RemoveDead(), Exact()] if remove_dead else []
+    check = Validate(exact=False, timed=latency)
+    stages = [Flush(), first, *removal, Finetune(rest, labels=labels), check, *_measures(metric)]
     result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

@@ -750,6 +750,7 @@ _BUILT_IN: dict[str, Any] = {
     "finetune": "onnxprune.passes.finetune:Finetune",
     "flush": "onnxprune.passes.flush:Flush",
     "recover": "onnxprune.passes.recover:Recover",
+    "regularize": "onnxprune.passes.regularize:Regularize",
     "remove-dead": "onnxprune.passes.remove_dead:RemoveDead",
     "sparsify": "onnxprune.passes.sparsify:Sparsify",
     "validate": "onnxprune.passes.validate:Validate",

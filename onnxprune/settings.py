@@ -833,6 +833,7 @@ GROUPS = (METHOD, PAIR, AMOUNT, WHAT, HOW, COST, INPUT, RECOVER, CHECKS, MACHINE
 """The groups of settings, in the order in which help lists them."""
 COMMANDS = (
     "prune",
+    "train",
     "recover",
     "factorize",
     "sparsify",
@@ -848,6 +849,8 @@ _LISTS = ("criteria", "devices")
 _OF_MODELS = tuple(command for command in COMMANDS if command not in _LISTS)
 
 MODES = ("none", "bias", "bn", "lstsq", "full", "datafree")
+PENALTIES = ("group-lasso", "slimming", "l1-mask")
+"""On the norms of groups of weights, on the scale of a unit, on a mask in front of it."""
 METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")
 WEIGHT_CRITERIA = ("magnitude", "wanda", "obs", "gradient", "snip", "snip-momentum", "taylor")
 TARGET_KINDS = ("macs", "params", "size", "latency", "peak-memory")
@@ -920,6 +923,36 @@ SETTINGS: tuple[Setting, ...] = (
         brief="Shares of each group to remove.",
     ),
     Setting(
+        "regularize",
+        Word(*PENALTIES),
+        f"Penalty that brings units to 0: on the norms of their weights (group-lasso, see {argument('groups')}), on "
+        "their scales, of BatchNormalizations or one value per channel (slimming), or on masks (l1-mask).",
+        {"train": METHOD},
+        "group-lasso",
+        brief="group-lasso, slimming or l1-mask.",
+    ),
+    Setting(
+        "groups",
+        Word("unit", "filter", "channel", "shape"),
+        "Weights in a group of group-lasso: those that make a unit and read it (unit), that make it (filter), that "
+        "read it (channel), or one position of a kernel in all outputs of a layer (shape).",
+        {"train": METHOD},
+        "unit",
+    ),
+    Setting(
+        "strength",
+        Number(0, 1e3, "the strength of the penalty", open_low=True, metavar="S", example="1"),
+        f"Fixed strength of the penalty, in place of one that follows from {argument('ratio')}.",
+        {"train": METHOD},
+    ),
+    Setting(
+        "threshold",
+        Number(0, 1, "the relative size below which a unit becomes 0", metavar="T", example="0.05"),
+        "Size of a unit, relative to its group's median before the training, or mask, below which it becomes 0; "
+        "default 0.05 for l1-mask, else 0.001.",
+        {"train": METHOD},
+    ),
+    Setting(
         "method",
         Word(*METHODS),
         "Factorization method; auto chooses per layer the method with the smallest error for its saving.",
@@ -941,10 +974,17 @@ SETTINGS: tuple[Setting, ...] = (
         "ratio",
         _REMOVED,
         f"Share of units to remove, of every group or of all groups together (see {argument('scope')}).",
-        {"prune": AMOUNT, "factorize": AMOUNT, "sparsify": AMOUNT},
+        {"prune": AMOUNT, "factorize": AMOUNT, "train": AMOUNT, "sparsify": AMOUNT},
         0.3,
         conflicts=_BUDGET,
         variants={
+            "train": {
+                "kind": Share("A ratio R is the share of the units to bring to 0 and remove", zero=False),
+                "help": "Share of the units to bring to 0, of all groups together; default 0.3.",
+                "default": None,
+                "conflicts": (),
+                "brief": "Share of the units to bring to 0.",
+            },
             "factorize": {
                 "kind": Share("A ratio R is the share of the cost to save", zero=False),
                 "help": "Share of the cost to save, of every layer or (auto) of the model; default 0.3.",
@@ -1167,17 +1207,24 @@ SETTINGS: tuple[Setting, ...] = (
         Flag(),
         "Remove only units that change no output, whatever the inputs are, in place of a ratio; constants that they "
         "add become part of biases.",
-        {"prune": WHAT, "sparsify": WHAT},
+        {"prune": WHAT, "sparsify": WHAT, "train": WHAT},
         False,
         conflicts=_BUDGET,
         variants={
+            "train": {
+                "help": "Keep the units that became 0; by default they are removed, and constants that they add become "
+                "part of biases.",
+                "option": "--keep-dead",
+                "default": True,
+                "conflicts": (),
+            },
             "sparsify": {
                 "help": "Keep units that lose all of their weights; by default they are removed, unless that shifts "
                 "the groups of N:M or blocks, and constants that they add become part of biases.",
                 "option": "--keep-dead",
                 "default": True,
                 "conflicts": (),
-            }
+            },
         },
     ),
     Setting(
@@ -1214,7 +1261,7 @@ SETTINGS: tuple[Setting, ...] = (
         ),
         f"Allowed loss of the metric; without {argument('target')}, {argument('ratio')} or a plan, find the smallest "
         "model within this loss.",
-        {"prune": COST, "recover": CHECKS, "factorize": CHECKS, "sparsify": CHECKS, "compare": CHECKS},
+        {"prune": COST, "recover": CHECKS, "factorize": CHECKS, "sparsify": CHECKS, "train": CHECKS, "compare": CHECKS},
         needs=Need(
             "runs or metric",
             f"needs the models to run, but {argument('validate', False)} forbids that",
@@ -1224,6 +1271,7 @@ SETTINGS: tuple[Setting, ...] = (
             "recover": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
             "factorize": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
             "sparsify": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
+            "train": {"help": _MOST_LOST, "brief": "Write nothing if more is lost."},
             "compare": {
                 "help": "Exit with 5 if the second model loses more of the metric, else of fidelity.",
                 "brief": "Fail if the metric, or fidelity, loses more.",
@@ -1239,6 +1287,7 @@ SETTINGS: tuple[Setting, ...] = (
             "recover": CHECKS,
             "factorize": CHECKS,
             "sparsify": CHECKS,
+            "train": CHECKS,
             "compare": CHECKS,
             "sensitivity": CHECKS,
             "sweep": CHECKS,
@@ -1573,15 +1622,23 @@ SETTINGS: tuple[Setting, ...] = (
         "cache",
         PathTo("DIR", "a folder"),
         "Cache intermediate results in this folder; a repeated or interrupted run resumes from them.",
-        {"prune": MACHINE, "recover": MACHINE, "sensitivity": MACHINE, "sweep": MACHINE, "profile": ""},
+        {
+            "prune": MACHINE,
+            "train": MACHINE,
+            "recover": MACHINE,
+            "sensitivity": MACHINE,
+            "sweep": MACHINE,
+            "profile": "",
+        },
         variants={
+            "train": {"help": "Keep the state of the training in this folder; one that was interrupted goes on."},
             "prune": {
                 "needs": Need(
                     "data or times",
                     f"caches results computed from data, but {argument('data')} is not given",
                     f"Give {argument('data')}, or drop it.",
                 )
-            }
+            },
         },
     ),
     Setting("seed", Integer(0, "a seed"), "Seed of all random numbers.", dict.fromkeys(_RUN, MACHINE), 0),
@@ -1599,17 +1656,25 @@ SETTINGS: tuple[Setting, ...] = (
         "recover",
         Word(*MODES),
         _repair(f"full with {argument('data')}, else none"),
-        {command: RECOVER for command in _RUN if command not in ("profile", "compare")},
+        {command: RECOVER for command in _RUN if command not in ("profile", "compare", "train")},
         variants={"recover": {"kind": Word(*MODES[1:]), "help": _repair("full"), "default": "full"}},
     ),
     Setting(
         "finetune",
         EffortOf(),
         _training(f"Default with 512 samples or more: as long as {argument('effort')} allows."),
-        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
+        {**dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER), "train": METHOD},
         needs=_TRAINED,
         bare="auto",
-        variants={command: {"help": _training("Default none.")} for command in ("factorize", "sparsify", "recover")},
+        variants={
+            **{command: {"help": _training("Default none.")} for command in ("factorize", "sparsify", "recover")},
+            "train": {
+                "help": "Steps or time to train, six tenths with the penalty and the others behind the removal; "
+                "default 1,000 steps or 3 minutes, whichever ends first.",
+                "needs": None,
+                "brief": "Steps or time to train.",
+            },
+        },
         brief="Train towards the original on the data.",
     ),
     Setting(
@@ -1617,12 +1682,18 @@ SETTINGS: tuple[Setting, ...] = (
         PathTo("FILE", "classes or values of the samples: an array, or a .npy or .npz file"),
         f"Labels of {argument('data')}, one per sample: half of the loss of {argument('finetune')} is on them, and "
         "criteria of gradients take their loss.",
-        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
+        {**dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER), "train": INPUT},
         needs=Need(
             "learns",
             f"is used by {argument('finetune')} and by criteria of gradients, but neither is given",
             f"Give {argument('finetune')} or a criterion such as {argument('criterion', 'taylor')}, or drop it.",
         ),
+        variants={
+            "train": {
+                "help": f"Labels of {argument('data')}, one per sample: half of the loss is on them.",
+                "needs": None,
+            }
+        },
     ),
     Setting(
         "pattern_lock",
@@ -1676,7 +1747,14 @@ SETTINGS: tuple[Setting, ...] = (
         Number(0, 100, "points of fidelity, or up to 1 a cosine", open_low=True, example="95"),
         "Write nothing and exit with 5 when fidelity falls below X points, the share of the original's answers in "
         "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
-        {"prune": CHECKS, "recover": CHECKS, "factorize": CHECKS, "sparsify": CHECKS, "compare": CHECKS},
+        {
+            "prune": CHECKS,
+            "recover": CHECKS,
+            "factorize": CHECKS,
+            "sparsify": CHECKS,
+            "train": CHECKS,
+            "compare": CHECKS,
+        },
         needs=Need(
             "runs", f"needs the models to run, but {argument('validate', False)} forbids that", "Drop one of the two."
         ),
@@ -1702,14 +1780,14 @@ SETTINGS: tuple[Setting, ...] = (
         "latency",
         Flag(),
         "Measure the latency before and after.",
-        {"prune": "", "factorize": "", "sparsify": "", "compare": "", "sweep": ""},
+        {"prune": "", "factorize": "", "sparsify": "", "train": "", "compare": "", "sweep": ""},
         True,
         variants={
             command: {
                 "kind": FlagOr("layers"),
                 "help": "Measure the latency before and after; `layers`: also that of each layer, for the page.",
             }
-            for command in ("prune", "factorize", "sparsify")
+            for command in ("prune", "factorize", "sparsify", "train")
         },
     ),
     # What is written and shown
@@ -1718,7 +1796,7 @@ SETTINGS: tuple[Setting, ...] = (
         PathTo("OUT.onnx"),
         "Output file; default MODEL.pruned.onnx beside the input.",
         {
-            **dict.fromkeys(("prune", "recover", "factorize", "sparsify"), OUTPUT),
+            **dict.fromkeys(("prune", "recover", "factorize", "sparsify", "train"), OUTPUT),
             **dict.fromkeys(("profile", "sensitivity"), OUTPUT),
         },
         short="-o",
@@ -1726,6 +1804,7 @@ SETTINGS: tuple[Setting, ...] = (
         variants={
             "recover": {"help": "Output file; default CUT.recovered.onnx beside the pruned model."},
             "factorize": {"help": "Output file; default MODEL.factorized.onnx beside the input."},
+            "train": {"help": "Output file; default MODEL.trained.onnx beside the input."},
             "sparsify": {"help": "Output file; default MODEL.sparse.onnx beside the input."},
             "profile": {
                 "kind": PathTo("FILE.json"),
@@ -1787,14 +1866,28 @@ SETTINGS: tuple[Setting, ...] = (
         "report",
         PathTo("FILE.html"),
         "Write a self-contained HTML page as well: verdict, sizes, the network, every layer, what stayed and why.",
-        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "sparsify": OUTPUT, "compare": OUTPUT},
+        {
+            "prune": OUTPUT,
+            "recover": OUTPUT,
+            "factorize": OUTPUT,
+            "sparsify": OUTPUT,
+            "train": OUTPUT,
+            "compare": OUTPUT,
+        },
         python=False,
     ),
     Setting(
         "markdown",
         PathTo("FILE|-"),
         "Write the report as Markdown as well, for a comment on a pull request; - prints it in place of the summary.",
-        {"prune": OUTPUT, "recover": OUTPUT, "factorize": OUTPUT, "sparsify": OUTPUT, "compare": OUTPUT},
+        {
+            "prune": OUTPUT,
+            "recover": OUTPUT,
+            "factorize": OUTPUT,
+            "sparsify": OUTPUT,
+            "train": OUTPUT,
+            "compare": OUTPUT,
+        },
         python=False,
     ),
     Setting(

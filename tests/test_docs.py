@@ -17,14 +17,25 @@ import pytest
 
 import onnxprune as op
 from onnxprune.cli import main
-from onnxprune.cli.commands import compare, factorize, inspect, profile, prune, recover, sensitivity, sparsify, sweep
+from onnxprune.cli.commands import (
+    compare,
+    factorize,
+    inspect,
+    profile,
+    prune,
+    recover,
+    sensitivity,
+    sparsify,
+    sweep,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ("docs/json.md", "docs/settings.md")
 """Pages that other tests hold to the code."""
 SITE = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", *(page for page in SITE if page not in GENERATED))
-COMMANDS = (prune, recover, factorize, sparsify, inspect, compare, profile, sensitivity, sweep)
+COMMANDS = (prune, recover, factorize, sparsify, inspect, compare, profile, sensitivity, sweep, train)
 
 
 def sections(page: str) -> dict[str, str]:

@@ -30,6 +30,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "recover": op.recover,
     "factorize": op.factorize,
     "sparsify": op.sparsify,
+    "train": op.train,
     "inspect": op.analyze,
     "compare": op.compare,
     "profile": op.profile,

@@ -270,7 +270,7 @@ def _readers(analysis: Analysis, constants: Constants, node: Node, foldable: Fol
     readers: list[_Layer | _Sum] = []
     product = constants.product(node)
     if product is not None:
-        summed = _summed(product, step)
+        summed = product.form.summed_axes(step.shape(product.form.weight))
         layer = _layer(analysis, constants, step, product, summed, foldable)
         if layer is not None:
             readers.append(layer)
@@ -298,18 +298,6 @@ def _nonzero_constants(constants: Constants, component: Ids, name: str, label: L
     here = known.known & (known.value != 0)
     shape = np.broadcast_shapes(label.ids.shape, here.shape)
     return np.asarray(np.broadcast_to(component[label.ids], shape)[np.broadcast_to(here, shape)])
-
-
-def _summed(product: Product, step: Step) -> set[int]:
-    """Return the axes of a layer's weight that it sums over."""
-    shape = step.shape(product.form.weight)
-    axes = set()
-    for axis, size in enumerate(shape):
-        positions = np.arange(size, dtype=np.int32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        matrix = product.form.matrix(np.broadcast_to(positions, shape))
-        if (matrix != matrix[:, :1]).any():
-            axes.add(axis)
-    return axes
 
 
 def _layer(

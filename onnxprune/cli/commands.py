@@ -33,6 +33,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "onnxprune factorize model.onnx --ratio 0.5",
         "onnxprune factorize model.onnx --method svd --energy 0.95 --data inputs.npz",
     ),
+    "train": (
+        "onnxprune train model.onnx --data inputs.npz --ratio 0.5",
+        "onnxprune train model.onnx --data images/ --regularize slimming --finetune 10m",
+    ),
     "sparsify": (
         "onnxprune sparsify model.onnx --pattern 2:4 --data inputs.npz",
         "onnxprune sparsify model.onnx --ratio 0.7 --data images/ -o sparse.onnx",
@@ -426,6 +430,20 @@ def _sparse(options: CommandOptions, screen: Screen) -> Any:
     latency = arguments["validate"] and (screen.verbosity >= 0 or screen.as_json)
     with screen.progress() as progress:
         return op.sparsify(options.model, **arguments, latency=latency, progress=progress)
+
+
+@command("train", "Train until units are 0, and remove them.", _EXAMPLES["train"], model="MODEL.onnx")
+def train(screen: Screen, given: Given) -> None:
+    """Train a model with a penalty that brings whole units to 0, remove these exactly, and train on without it."""
+    import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+
+    target = given.output or beside(given.model, "trained")
+    _check(given, target)
+    arguments = {**given.arguments, **dict.fromkeys(_GATES)}
+    with screen.progress() as progress:
+        result = op.train(given.model, **arguments, latency=_timing(screen, given), progress=progress)
+    hint = f"Use a smaller {argument('ratio')}, more time ({argument('finetune')}), or more {argument('data')}."
+    _finish(screen, given, result, target, lambda: _result_parts(result.report, screen), hint, {})
 
 
 @command(

@@ -25,6 +25,7 @@ from onnxprune.cli.commands import (
     sensitivity,
     sparsify,
     sweep,
+    train,
 )
 from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
 from onnxprune.errors import UsageError
@@ -178,6 +179,7 @@ def main() -> None:
 
 
 main.add_command(prune)
+main.add_command(train)
 main.add_command(recover)
 main.add_command(factorize)
 main.add_command(sparsify)

@@ -234,9 +234,10 @@ class CommandOptions:
 
     def check_recovery(self) -> None:
         """Check whether there are data to recover from; raises UsageError."""
-        if self.data is None and self.recover not in (None, "none", "datafree"):
+        mode = self.values.get("recover")
+        if self.data is None and mode not in (None, "none", "datafree"):
             raise UsageError(
-                f"{argument('recover', self.recover)} needs calibration data, but {argument('data')} is missing",
+                f"{argument('recover', mode)} needs calibration data, but {argument('data')} is missing",
                 hint=f"Give inputs with {argument('data')} (a few hundred, without labels), or recover from synthetic "
                 f"data, which is weaker: {argument('recover', 'datafree')}.",
             )

@@ -72,6 +72,16 @@ class Form(ABC):
     def matrix(self, weight: Array) -> Array:
         """Arrange the weight as [parts, channels / parts * taps, outputs / parts]."""
 
+    def summed_axes(self, weight: Sequence[int]) -> set[int]:
+        """Return the axes of a weight of this shape that are summed over."""
+        axes = set()
+        for axis, size in enumerate(weight):
+            positions = np.arange(size, dtype=np.int32).reshape([-1 if a == axis else 1 for a in range(len(weight))])
+            matrix = self.matrix(np.broadcast_to(positions, weight))
+            if (matrix != matrix[:, :1]).any():
+                axes.add(axis)
+        return axes
+
     @abstractmethod
     def restore(self, matrix: Array, like: Array) -> Array:
         """Convert a matrix to a weight of the shape of ``like``: the inverse of ``matrix``."""

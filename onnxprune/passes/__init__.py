@@ -11,6 +11,7 @@ from onnxprune.passes.finetune import Finetune
 from onnxprune.passes.flush import Flush
 from onnxprune.passes.prune import Prune
 from onnxprune.passes.recover import Recover
+from onnxprune.passes.regularize import Regularize
 from onnxprune.passes.remove_dead import RemoveDead
 from onnxprune.passes.sparsify import Sparsify
 from onnxprune.passes.validate import Validate
@@ -48,6 +49,7 @@ __all__ = [
     "Pipeline",
     "Prune",
     "Recover",
+    "Regularize",
     "RemoveDead",
     "Requirement",
     "Result",

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -38,7 +38,7 @@ from onnxprune.training.curvature import CALLS, Curvature
 from onnxprune.training.loop import Course, Effort, train
 from onnxprune.training.losses import BALANCE, OFFSET, Losses
 from onnxprune.training.parameters import Head, bottlenecks, trainable
-from onnxprune.training.step import Adam, Parameters, Step, step_sizes
+from onnxprune.training.step import Adam, Parameters, Step, Vector, step_sizes
 
 RATE = 4e-3
 """Largest step, in units of each weight's own size."""
@@ -47,6 +47,7 @@ BATCH = 32
 LEAST_SAMPLES = 64
 """Fewer samples are refused unless their number was asked for."""
 _FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
+_SETTLED = 1e-6  # a loss below it is none
 _BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
 _MEMORY = 512 << 20
 _SHORT_SAMPLES, _MOST_STEPS, _LEAST_STEPS = 512, 2000, 50
@@ -68,8 +69,9 @@ class Finetune(Pass):
     those before, the training is undone. With a cache folder, an interrupted training goes on from where it was.
 
     Args:
-        effort: steps (500), time (``"3m"``, ``"90s"``), or None: 1,000 steps or 3 minutes, whichever ends first, less
-            or more where the run has another effort than ``normal``.
+        effort: steps (500), time (``"3m"``, ``"90s"``), both as an :class:`onnxprune.training.loop.Effort`, or None:
+            1,000 steps or 3 minutes, whichever ends first, less or more where the run has another effort than
+            ``normal``.
         labels: classes [samples] or values of the first output, or their file; half of the loss is then on them. None:
             those of the run; without any, distillation alone. The hold-out is then judged half by its labels.
         rate: largest step, in units of each weight's own size, above 0.
@@ -89,7 +91,7 @@ class Finetune(Pass):
 
     def __init__(
         self,
-        effort: int | str | bool | None = None,
+        effort: int | str | bool | Effort | None = None,
         *,
         labels: Any = None,
         rate: float = RATE,
@@ -99,18 +101,22 @@ class Finetune(Pass):
         loss: UserLoss | None = None,
     ) -> None:
         self.is_auto = effort is None or effort is True or effort == "auto"
-        self.effort = Effort(*effort_of(True if effort is None else effort, argument("finetune")))
+        if not isinstance(effort, Effort):
+            effort = Effort(*effort_of(True if effort is None else effort, argument("finetune")))
+        self.effort = effort
         self.labels, self.rate, self.batch_size = labels, rate, batch_size
         self.features, self.augment, self.loss = features, augment, loss
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""
+        if context.stages.interrupted:
+            return PassResult(model, changed=False)
         if not (model.is_reduced or self.labels is not None):
             return PassResult(model, [Remark("nothing was pruned, so there is nothing to fine-tune")], changed=False)
         split = split_for(context, model.analysis, "full")
-        _check_samples(context, split)
+        check_samples(context, split)
         with context.stage("finetune"):
-            training = _Training.prepare(self, context, model, split)
+            training = Training.prepare(self, context, model, split)
             course = training.run()
         facts = training.facts(course)
         remarks: list[Fact] = [facts, *map(Remark, training.remarks(facts))]
@@ -158,7 +164,7 @@ def short_steps(context: Context, model: Model) -> int:
     return int(min(_MOST_STEPS, context.effort.training / (_PASSES * BATCH * max(macs, 1.0))))
 
 
-def _check_samples(context: Context, split: CalibrationSplit) -> None:
+def check_samples(context: Context, split: CalibrationSplit) -> None:
     """Refuse data that a training would only overfit to; raises UsageError."""
     samples = split.num_fit + split.num_held_out
     is_limited = context.calibration is not None and context.calibration.limit is not None
@@ -272,7 +278,7 @@ class _OwnLoss:
 
 
 @dataclass(slots=True)
-class _Training:
+class Training:
     """A training of one model: its teacher, samples, step and judge."""
 
     context: Context
@@ -295,7 +301,7 @@ class _Training:
     by_labels: list[float] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, settings: Finetune, context: Context, model: Model, split: CalibrationSplit) -> _Training:
+    def prepare(cls, settings: Finetune, context: Context, model: Model, split: CalibrationSplit) -> Self:
         """Build the graphs of both models at the batch size that memory allows.
 
         Raises:
@@ -375,7 +381,7 @@ class _Training:
                 calls.append({**feed, **batch, BALANCE: balance})
             return calls
 
-        judged: dict[float, _Judgement] = {}
+        judged: dict[float, Judgement] = {}
 
         def judge() -> float:
             judgement = self.judgement()
@@ -383,18 +389,19 @@ class _Training:
             return judgement.distance
 
         def tell(share: float) -> None:
-            self.context.tell("finetune", share)
+            self.context.tell(self.stage, share)
 
         first = draw(0)
         outputs = self.step(first)
         balance[...] = 1
         features = self.step(first) - outputs
         # Tensors between are compared on the way to the outputs, and never in their place.
-        balance[...] = _FEATURE_SHARE * outputs / features if features > 1e-6 * outputs else 0
-        sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed)
+        # A model that is its own teacher has no loss to compare them with.
+        is_far = outputs > _SETTLED and features > 1e-6 * outputs
+        balance[...] = _FEATURE_SHARE * outputs / features if is_far else 0
+        sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed, self.least_loss)
         rate = min(self.settings.rate, _BOLDNESS * doubling)
-        feeds = (self.samples.draw(k)[0] for k in range(CALLS))
-        optimizer = Adam(self.parameters, sizes, coordinates=Curvature.measured(self.student, self.parameters, feeds))
+        optimizer = self.optimizer(sizes)
         effort, error = self.effort(), partial(standard_error, samples=self.split.num_held_out)
         start, keeper = None if self.held_labels is None else self.judgement(), self.keeper()
         course = train(self.step, optimizer, self.parameters, draw, judge, effort, rate, error, tell, keeper)
@@ -402,6 +409,25 @@ class _Training:
         self.after = end.fidelity
         self.by_labels = [x.by_labels for x in (start, end) if x is not None and x.by_labels is not None]
         return course
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage that progress is told of."""
+        return "finetune"
+
+    @property
+    def least_loss(self) -> float:
+        """The smallest loss that the first steps may double."""
+        return 0.0
+
+    def optimizer(self, sizes: Vector) -> Adam:
+        """Return the optimiser, with the sizes of its steps."""
+        return Adam(self.parameters, sizes, coordinates=self.curvature())
+
+    def curvature(self) -> Curvature:
+        """Return the curvature of the layers' inputs on a few calls."""
+        feeds = (self.samples.draw(k)[0] for k in range(CALLS))
+        return Curvature.measured(self.student, self.parameters, feeds)
 
     def effort(self) -> Effort:
         """Return how long to train: what was asked for, else as much as the effort of the run allows."""
@@ -419,19 +445,23 @@ class _Training:
         data = CalibrationBatches(context, self.model.analysis).fingerprint() if context.cache is not None else None
         if context.cache is None or data is None:
             return None
-        words = [context.analysis.loaded.sha256, context.seed, settings.rate, settings.batch_size, settings.features]
+        words = [*self.key(), context.seed, settings.rate, settings.batch_size, settings.features]
         words += [settings.augment, self.effort(), self.held_labels is not None, self.parameters.shapes, FORMAT]
         name = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
-        return _Checkpoint(context.cache / f"finetune-{name}.npz", data, self.parameters.vector)
+        return _Checkpoint(context.cache / f"{self.stage}-{name}.npz", data, self.parameters.vector)
 
-    def judgement(self) -> _Judgement:
+    def key(self) -> list[Any]:
+        """Return what the state of the training belongs to, beside its settings."""
+        return [self.context.analysis.loaded.sha256]
+
+    def judgement(self) -> Judgement:
         """Judge the present weights on the hold-out, by the original's answers and by labels."""
         parts, split = self.parts(), self.split
         (facts,) = compare_with_original(self.context.analysis, [parts], split.validation, self.context.outputs)
         if self.held_labels is None:
-            return _Judgement(facts)
+            return Judgement(facts)
         (head,) = self.labels
-        return _Judgement(facts, label_points(self.context.analysis, parts, split, head, self.held_labels))
+        return Judgement(facts, label_points(self.context.analysis, parts, split, head, self.held_labels))
 
     def parts(self) -> ModelParts:
         """Return the model with the present weights."""
@@ -485,25 +515,27 @@ class _Training:
 
 
 @dataclass(frozen=True, slots=True)
-class _Judgement:
+class Judgement:
     """What the hold-out says.
 
     Attributes:
         fidelity: to the original.
         by_labels: points by the labels, 0 to 100; None without labels.
+        penalty: points that the present weights are penalised with.
     """
 
     fidelity: Fidelity
     by_labels: float | None = None
+    penalty: float = 0.0
 
     @property
     def distance(self) -> float:
-        """How far the model is from what it should say: half by the original, half by the labels."""
+        """How far the model is from what it should answer: half by the original, half by the labels; and a penalty."""
         mine = distance(self.fidelity)
-        return mine if self.by_labels is None else (mine + 100 - self.by_labels) / 2
+        return self.penalty + (mine if self.by_labels is None else (mine + 100 - self.by_labels) / 2)
 
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the state of a training has another meaning."""
 
 

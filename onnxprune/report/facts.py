@@ -694,6 +694,8 @@ class Report:
     """The zeros of a model that was sparsified, and what they are worth; None for others."""
     product: Exactness | None = None
     """Whether factorized layers compute the product of their weights; None where there are none."""
+    regularized: Regularized | None = None
+    """Training with a penalty that brings units to 0; null where there was none."""
     dead: DeadChannels | None = None
     """Units whose removal changes no output; null where none were looked for."""
     flushed: int = 0
@@ -886,6 +888,38 @@ class Flushed:
 
 
 @dataclass(frozen=True, slots=True)
+class Regularized:
+    """Training with a penalty that brings units to 0.
+
+    ``kind``, ``groups`` and final ``strength`` of the penalty; ``units`` that it looked at, and ``zeros`` among these
+    at the end; ``density``: share of the trained weights that are not 0. ``batch`` samples a step, drawn from
+    ``samples``; ``aside`` are the hold-out. ``losses`` without the penalty, of the first step and of the last 20 on
+    average; ``curve``: (step, penalised objective on the hold-out): points of fidelity lost, and a point for every
+    percent of the units that should be 0 and are not. ``before`` and ``after`` are the fidelity there; ``undone``:
+    nothing was better than before; ``stopped``: why it ended early, else empty. ``by_labels`` as for a fine-tuning.
+    """
+
+    kind: str
+    groups: str
+    strength: float
+    steps: int
+    seconds: float
+    batch: int
+    samples: int
+    aside: int
+    units: int
+    zeros: int
+    density: float
+    losses: list[float]
+    curve: list[tuple[int, float]]
+    before: Fidelity
+    after: Fidelity
+    undone: bool
+    stopped: str = ""
+    by_labels: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class DeadChannels:
     """Units whose removal changes no output.
 
@@ -941,6 +975,7 @@ Fact = (
     | Finetuning
     | Flushed
     | DeadChannels
+    | Regularized
     | Remark
     | Timings
     | Exactness
@@ -1004,6 +1039,7 @@ def _add(report: Report, fact: Fact) -> None:
 
 _PLACES: dict[type, str] = {
     DeadChannels: "dead",
+    Regularized: "regularized",
     Exactness: "exactness",
     ZerosFacts: "zeros",
     Fidelity: "fidelity",

@@ -163,14 +163,24 @@ def _training(report: Report) -> str:
     """Draw the points on the hold-out over the steps of a training, beside those before it."""
     facts = report.finetuning
     if facts is None or len(facts.curve) < 2:
-        return ""
+        return _penalized(report)
     points = [(float(step), 100 - far, f"step {step}: {100 - far:.1f}") for step, far in facts.curve]
     before, last = points[0][1], points[-1][0]
     series = [
         page.Series("while training", points),
         page.Series("before", [(0.0, before, ""), (last, before, "")], dashed=True),
     ]
-    return page.chart("Held-out samples", "steps", "points", series)
+    return _penalized(report) + page.chart("Held-out samples", "steps", "points", series)
+
+
+def _penalized(report: Report) -> str:
+    """Draw the penalised objective over the steps of a training that brings units to 0."""
+    facts = report.regularized
+    if facts is None or len(facts.curve) < 2:
+        return ""
+    points = [(float(step), value, f"step {step}: {value:.1f}") for step, value in facts.curve]
+    what = "points lost, and percent of the units not at 0 yet"
+    return page.chart("With a penalty", "steps", what, [page.Series("while training", points)])
 
 
 def _unpruned(report: Report) -> str:

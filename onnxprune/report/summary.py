@@ -27,7 +27,8 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines = [*tables.verdict_line(report.verdict, spelled), *_sizes(report.totals), *_budget(report.budget)]
     lines += [*_speed(report.latency), *_metric(report.metric)]
     lines += [part for part in tables.fidelity(report.fidelity, name_width=name_width)[:1] if isinstance(part, Text)]
-    lines += [*_proofs(report), *tables.flushed(report.flushed), *tables.dead(report.dead)]
+    lines += [*_proofs(report), *tables.flushed(report.flushed), *tables.regularized(report.regularized)]
+    lines += tables.dead(report.dead)
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
     lines += tables.vocabulary_line(report.vocabulary)

@@ -29,6 +29,7 @@ from onnxprune.report.facts import (
     NodeTime,
     Profile,
     Recovery,
+    Regularized,
     Repair,
     Report,
     ResizedTensor,
@@ -209,6 +210,21 @@ def dead(facts: DeadChannels | None) -> list[Text]:
     lines += [Text(f"          {name}: {why}", style="dim") for name, why in list(facts.reasons.items())[:4]]
     more = len(facts.reasons) - 4
     return lines + ([Text(f"          and {more} more layers", style="dim")] if more > 0 else [])
+
+
+def regularized(facts: Regularized | None) -> list[Text]:
+    """Render a line about a training with a penalty."""
+    if facts is None:
+        return []
+    text = f"{facts.kind}, {facts.steps:,} steps of {facts.batch} in {facts.seconds:.0f} s from {facts.samples} samples"
+    text += f": {facts.zeros:,} of {facts.units:,} {_GROUPED.get(facts.groups, 'units')} are 0"
+    one, other = facts.before.points, facts.after.points
+    text += "" if one is None or other is None else f", {one:.1f} {numbers.ARROW} {other:.1f} points"
+    undone = ("undone: " if facts.undone else "", "yellow")
+    return [Text.assemble(("penalty   ", "bold"), undone, text)]
+
+
+_GROUPED = {"shape": "kernel positions"}
 
 
 def _listed(sizes: Sequence[int]) -> str:

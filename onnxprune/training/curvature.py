@@ -57,6 +57,8 @@ class Curvature:
     def measured(cls, graph: StaticGraph, parameters: Parameters, feeds: Iterable[Feed]) -> Curvature:
         """Return the coordinates for layers of a graph from what they read on some calls."""
         sites = _sites(graph, parameters)
+        if not sites:
+            return cls(parameters, {})
         tape = Tape(graph.shapes, graph.kinds, "read")
         shown = {name: tape.emit("Identity", [name], tape.shape(name)) for name in {d for _, d in sites.values()}}
         session = open_session(inference_graph(graph, tape, list(shown.values())).SerializeToString(), spin=False)

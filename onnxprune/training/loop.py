@@ -41,6 +41,10 @@ class Effort:
         shares = [step / self.steps if self.steps else 0.0, seconds / self.seconds if self.seconds else 0.0]
         return min(1.0, max(shares))
 
+    def part(self, share: float) -> Effort:
+        """Return a share of this effort."""
+        return Effort(max(1, round(self.steps * share)) if self.steps else None, (self.seconds or 0) * share or None)
+
 
 @dataclass(slots=True)
 class Course:
@@ -121,7 +125,7 @@ def train(
             course.steps += 1
             sound = math.isfinite(loss) and bool(np.isfinite(step.gradient).all())
             if sound:
-                optimizer.update(step.gradient, rate_at(share, state.rate))
+                optimizer.update(step.gradient, rate_at(share, state.rate), share)
             share = effort.progress(course.steps, time.monotonic() - start)
             if sound and share * EVALUATIONS < state.due and share < 1:
                 continue
@@ -161,7 +165,7 @@ class _State:
         if self.keeper is None:
             return
         course = self.course
-        numbers = [course.steps, course.best, self.retreats, self.due, self.optimizer.count]
+        numbers = [course.steps, course.best, self.retreats, self.due]
         self.keeper.save(
             {
                 "numbers": np.asarray(numbers, np.int64),
@@ -170,8 +174,7 @@ class _State:
                 "curve": np.asarray(course.curve, np.float64).reshape(-1, 2),
                 "weights": self.parameters.vector,
                 "best": self.guard.best,
-                "mean": self.optimizer.mean,
-                "square": self.optimizer.square,
+                **self.optimizer.state(),
             }
         )
 
@@ -180,18 +183,13 @@ class _State:
         arrays = None if self.keeper is None else self.keeper.load()
         if arrays is None or np.shape(arrays["weights"]) != self.parameters.vector.shape:
             return False
-        course, optimizer = self.course, self.optimizer
-        course.steps, course.best, self.retreats, self.due, optimizer.count = (int(n) for n in arrays["numbers"])
+        course = self.course
+        course.steps, course.best, self.retreats, self.due = (int(n) for n in arrays["numbers"])
         course.seconds, self.rate, self.guard.distance = (float(x) for x in arrays["reals"])
         course.losses = [float(x) for x in arrays["losses"]]
         course.curve = [(int(a), float(b)) for a, b in arrays["curve"]]
-        for target, name in (
-            (self.parameters.vector, "weights"),
-            (self.guard.best, "best"),
-            (optimizer.mean, "mean"),
-            (optimizer.square, "square"),
-        ):
-            target[:] = arrays[name]
+        self.parameters.vector[:], self.guard.best[:] = arrays["weights"], arrays["best"]
+        self.optimizer.restore(arrays)
         return True
 
     def end(self) -> None:

@@ -76,7 +76,7 @@ def _learns(
     if not rule.pointwise:
         if i in rule.weights and not any(n in behind for n in node.inputs):
             return not _is_outer_product(graph, node, i)
-        return i in rule.weights or _role(node, i) in _TRAINED
+        return i in rule.weights or schema_name(node, i) in _TRAINED
     if not any(n in behind for n in node.inputs) or not _is_vector(graph.shapes[node.inputs[i]]):
         return False
     return any(o in before for o in node.outputs) or _is_per_channel(graph, node, i, weight_tensors)
@@ -114,7 +114,7 @@ def _is_per_channel(graph: StaticGraph, node: Node, i: int, outputs: set[str]) -
     return any(rule.output_axis(current, shapes, len(out), w) == axis for w in weights)
 
 
-def _role(node: Node, i: int) -> str:
+def schema_name(node: Node, i: int) -> str:
     """Return the name of an input in the operator's schema, in lower case; empty where there is none."""
     if not onnx.defs.has(node.op, node.version, node.domain):
         return ""

@@ -146,8 +146,22 @@ class Adam:
         self.square = np.zeros_like(self._parameters.vector)
         self.count = 0
 
-    def update(self, gradient: Vector, rate: float) -> None:
-        """Change the weights."""
+    def state(self) -> dict[str, Array]:
+        """Return everything that later steps depend on."""
+        return {"mean": self.mean, "square": self.square, "count": np.asarray(self.count)}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from a state."""
+        self.mean[:], self.square[:], self.count = state["mean"], state["square"], int(state["count"])
+
+    def update(self, gradient: Vector, rate: float, progress: float = 0.0) -> None:
+        """Change the weights.
+
+        Args:
+            gradient: gradient of the loss.
+            rate: size of the step.
+            progress: share of the training that is done, 0 to 1, for optimisers that follow a schedule.
+        """
         self.count += 1
         if self._coordinates is not None:
             gradient = self._coordinates.turned(gradient)
@@ -168,17 +182,26 @@ _PROBES, _ROUNDS, _PROBE = 3, 2, 1e-3
 _SPREAD = 4.0  # largest curvature of one weight, relative to the median
 
 
-def step_sizes(step: Step, calls: Sequence[Feed], parameters: Parameters, seed: int) -> tuple[Vector, float]:
+def step_sizes(
+    step: Step, calls: Sequence[Feed], parameters: Parameters, seed: int, least: float = 0.0
+) -> tuple[Vector, float]:
     """Return sizes of steps for every element, and the rate at which a random step would double the loss.
 
     A size is the root mean square of a weight, and less for weights on which the loss depends far more steeply than on
     others, as on those of a layer that adds up large numbers of opposite signs: the curvature of the loss along every
     weight, times the square of its size, is limited to a few times the median over weights. It is estimated from
     differences of gradients at random points nearby (Hutchinson's estimator, 1990).
+
+    Args:
+        step: the step.
+        calls: its calls.
+        parameters: the weights, which stay as they are.
+        seed: seed of the random points.
+        least: smallest loss to double, for models that are their own teachers: their loss is 0 in the beginning.
     """
     rng = np.random.default_rng(seed)
     sizes, start = parameters.scales(), parameters.vector.copy()
-    loss, total = step(calls), 0.0
+    loss, total = max(step(calls), least), 0.0
     for _ in range(_ROUNDS):
         bends = dict.fromkeys(parameters.spans, 0.0)
         for _ in range(_PROBES):

@@ -35,3 +35,23 @@ def test_on_the_command_line(run: Run, tmp_path: Path) -> None:
         assert failed.exit_code == 2 and message in failed.output, failed.output
     failed = run(model, "--finetune", "5")
     assert failed.exit_code == 2 and "--data" in failed.output
+
+
+def test_train_writes_a_smaller_model_and_refuses_what_it_cannot_learn_from(run: Run, tmp_path: Path) -> None:
+    model, data, target = tmp_path / "m.onnx", tmp_path / "d.npz", tmp_path / "o.onnx"
+    onnx.save(net(), model)
+    np.savez(data, **DATA)
+    given = ["train", model, "--data", data, "--finetune", "10"]
+    done = run(*given, "--json", "-o", target)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["regularized"]["zeros"] == report["dead"]["removed"] > 0
+    assert target.stat().st_size < model.stat().st_size
+    for wrong, message in (
+        (["train", model], "--data is not given"),
+        ([*given, "--ratio", "0.3", "--strength", "2"], "--ratio and --strength were both given"),
+        ([*given, "--strength", "-1"], "--strength: -1 is not allowed"),
+        ([*given, "--regularize", "slimmimg"], "Did you mean 'slimming'?"),
+    ):
+        failed = run(*wrong)
+        assert failed.exit_code == 2 and message in failed.output, failed.output

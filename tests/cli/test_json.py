@@ -53,6 +53,7 @@ CALLS = {
     "prune": ["m.onnx", "--target", "macs=0.7", "--trials", "1", "--data", "d.npy", "-o", "out.onnx"],
     "recover": ["m.onnx", "s.onnx", "--plan", "p.json", "--data", "d.npy", "-o", "out.onnx"],
     "sparsify": ["m.onnx", "--ratio", "0.5", "--include", "*", "-o", "out.onnx"],
+    "train": ["m.onnx", "--data", "d.npy", "--samples", "16", "--finetune", "4", "-o", "out.onnx"],
     "factorize": ["m.onnx", "--method", "svd", "--rank", "4", "-o", "out.onnx"],
     "inspect": ["m.onnx"],
     "compare": ["m.onnx", "s.onnx"],
