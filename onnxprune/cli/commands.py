@@ -433,17 +433,17 @@ def _sparse(options: CommandOptions, screen: Screen) -> Any:
 
 
 @command("train", "Train until units are 0, and remove them.", _EXAMPLES["train"], model="MODEL.onnx")
-def train(screen: Screen, given: Given) -> None:
+def train(screen: Screen, options: CommandOptions) -> None:
     """Train a model with a penalty that brings whole units to 0, remove these exactly, and train on without it."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
-    target = given.output or beside(given.model, "trained")
-    _check(given, target)
-    arguments = {**given.arguments, **dict.fromkeys(_GATES)}
+    target = options.output or beside(options.model, "trained")
+    _check(options, target)
+    arguments = {**options.arguments, **dict.fromkeys(_GATES)}
     with screen.progress() as progress:
-        result = op.train(given.model, **arguments, latency=_timing(screen, given), progress=progress)
+        result = op.train(options.model, **arguments, latency=_timing(screen, options), progress=progress)
     hint = f"Use a smaller {argument('ratio')}, more time ({argument('finetune')}), or more {argument('data')}."
-    _finish(screen, given, result, target, lambda: _result_parts(result.report, screen), hint, {})
+    _finish(screen, options, result, target, lambda: _result_parts(result.report, screen), hint, {})
 
 
 @command(
