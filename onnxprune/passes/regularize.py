@@ -286,7 +286,8 @@ def _role(analysis: Analysis, node: Node, i: int, shape: Sequence[int], axes: Se
     if rule.statistics:
         return SCALES if i == Scale.weight else SHIFTS
     if rule.pointwise:
-        return {"Mul": SCALES, "Add": SHIFTS, "Sub": SHIFTS}.get(node.op, "")
+        scaling = rule.scaling(node, i, 2.0, lambda _: None)
+        return SCALES if scaling is not None and scaling.factor == 2 else SHIFTS if i in rule.addends(node) else ""
     summed = _summed(analysis, node, i, shape)
     if summed is None:
         is_scale = schema_name(node, i) in ("scale", "gamma")
