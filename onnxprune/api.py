@@ -93,6 +93,7 @@ def prune(
     approximate: bool = False,
     resize_io: Sequence[str] = (),
     cache_heads: bool = False,
+    model_config: str | Path | None = None,
     target: Targets | None = None,
     max_drop: float | None = None,
     metric: str | Metric | None = None,
@@ -174,6 +175,8 @@ def prune(
         resize_io: globs over inputs and outputs of the model that may lose channels, both halves of a cache or none.
             Empty: all keep their sizes.
         cache_heads: let the inputs and outputs of all caches shrink, past and present alike; False.
+        model_config: config.json or genai_config.json that came with the model: ``save`` writes it with the new sizes
+            beside the result. None: none is written.
         target: a budget in place of a ratio: ``"macs=0.5"``, a list of such, or ``{"macs": 0.5, "size": "3MB"}``; kinds
             are ``macs``, ``params``, ``size``, ``latency`` and ``peak-memory``. None: no budget.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in percentage points of fidelity.

@@ -8,6 +8,7 @@ guarantees of a pass are declared on it and checked around every call.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import signal
 import threading
@@ -26,15 +27,28 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan, PlanVocabulary, map_text
+from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
 from onnxprune.graph.resized import Resizing
+from onnxprune.graph.view import Graph
 from onnxprune.io.files import append_suffix, encode_text
 from onnxprune.io.interchange import ModelSource, to_graphsurgeon, to_onnx_ir
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
-from onnxprune.report.facts import Exactness, Fact, Report, Sizes, SparsifiedLayer, StageTime, Timings, report_of
+from onnxprune.pruning.model_config import ModelConfig, target_of
+from onnxprune.report.facts import (
+    Exactness,
+    Fact,
+    Remark,
+    Report,
+    Sizes,
+    SparsifiedLayer,
+    StageTime,
+    Timings,
+    report_of,
+)
 from onnxprune.runtime.data import Samples, open_data
 from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.fidelity import KnownOutputs, Outputs
@@ -289,6 +303,7 @@ class RunSettings:
         labels: labels of the samples in the order of ``data``, see :func:`onnxprune.prune`; None: without.
         resize_io: globs over inputs and outputs of the model that may lose channels; empty: none.
         cache_heads: whether the inputs and outputs of all caches may lose channels.
+        model_config: configuration that came with the model, to be written with new sizes beside it; None: none.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.
     """
 
@@ -307,6 +322,7 @@ class RunSettings:
     labels: Any = None
     resize_io: Sequence[str] = ()
     cache_heads: bool = False
+    model_config: str | Path | None = None
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -365,6 +381,7 @@ class Context:
     labels: Any = None
     known: KnownOutputs = field(default_factory=KnownOutputs)
     restriction: Restriction | None = None
+    model_config: ModelConfig | None = None
 
     @property
     def origin(self) -> Analysis:
@@ -400,6 +417,9 @@ class Context:
         with stages.stage("analyze"), explain_failures(model):
             resizing = resizing or Resizing(tuple(run.resize_io), run.cache_heads)
             analysis = Analysis(model, input_shapes=run.input_shapes, approximate=approximate, resizing=resizing)
+        config = None if run.model_config is None else ModelConfig(run.model_config)
+        if config is not None:
+            config.check(analysis)
         data = run.data, analysis, run.samples, run.batch_size, run.images
         return cls(
             analysis,
@@ -414,6 +434,7 @@ class Context:
             outputs=checked("outputs", run.outputs),
             effort=EFFORTS[run.effort],
             labels=run.labels,
+            model_config=config,
         )
 
     def inputs(self) -> Samples:
@@ -960,7 +981,11 @@ class Result:
         facts: facts of all passes, in order.
         plan: the removed channels, and the factorized layers with their ranks.
         report: sizes, exactness, fidelity, speed, groups and barriers: the sum of the facts.
+        model_config: configuration of the model with its new sizes; None where none was given.
+        config_file: where ``save`` wrote it.
     """
+
+    config_file: Path | None = None
 
     def __init__(self, context: Context, final: Model, facts: Sequence[Fact] = ()) -> None:
         self.context, self.final = context, final
@@ -973,6 +998,10 @@ class Result:
         if context.restriction is not None:
             digest = final.plan.model_sha256 or original.loaded.sha256
             self.plan = replace(final.plan, vocabulary=context.restriction.vocabulary, model_sha256=digest)
+        self.model_config: dict[str, Any] | None = None
+        if context.model_config is not None:
+            self.model_config, notes = self._configured(context.model_config)
+            self.facts = (*self.facts, *map(Remark, notes))
         self.report: Report = report_of(self.facts, model=str(original.loaded.path or ""))
         self.report.network = original.network
         self._assembled: onnx.ModelProto | None = None
@@ -980,6 +1009,14 @@ class Result:
     def __repr__(self) -> str:
         totals = self.report.totals
         return f"<Result: {totals.params_after:,} of {totals.params_before:,} parameters, {self.final!r}>"
+
+    def _configured(self, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+        """Return the configuration of the final model, and remarks."""
+        analysis = self.final.analysis
+        graph = Graph.of(self.final.proto, self.final.weights)
+        attributes = {node.outputs[0]: node.attrs for node in graph.nodes if node.outputs}
+        after = Survivors(analysis.table, self.final.removal)
+        return config.rewritten(self.context.analysis, analysis, after.shape, attributes)
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -1030,6 +1067,9 @@ class Result:
         loaded = self.context.origin.loaded
         check_output(path, loaded.path, [*loaded.external, *self.final.files])
         companions = {Path(plan): encode_text(self.plan.text())} if plan is not None else {}
+        if self.model_config is not None and self.context.model_config is not None:
+            self.config_file = target_of(self.context.model_config.path, Path(path))
+            companions[self.config_file] = encode_text(json.dumps(self.model_config, indent=2) + "\n")
         if self.plan.vocabulary is not None:
             names = append_suffix(Path(path), ".vocabulary.json")
             companions[names] = encode_text(map_text(self.plan.vocabulary))

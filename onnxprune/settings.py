@@ -1071,6 +1071,14 @@ SETTINGS: tuple[Setting, ...] = (
         needs=Need("vocabulary", "is about the tokens of a vocabulary", f"Give {argument('vocabulary')}, or drop it."),
     ),
     Setting(
+        "model_config",
+        PathTo("FILE", "a path of config.json or genai_config.json"),
+        "Configuration that came with the model (config.json, genai_config.json): its numbers of heads, layers and "
+        "channels are written anew, beside the output; the file itself stays as it is.",
+        {"prune": WHAT},
+        brief="Configuration to write with new sizes.",
+    ),
+    Setting(
         "rank",
         Ranks(),
         "Ranks of all layers or of layers whose name matches; one per mode, 0 keeps a mode as it is; repeatable.",

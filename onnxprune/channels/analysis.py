@@ -279,14 +279,15 @@ class Analysis:
         """Slots of every group in the input model's own tensors: one per labelled axis, grids excepted.
 
         The directions of a recurrent layer lose different units, and no tensor need have both on one axis: each gets a
-        slot of its own.
+        slot of its own. So do the heads of a cache that may lose channels.
         """
         result: dict[int, list[SlotView]] = {}
         internal = self.copies.keys() | {name for item in self.hoists for name in item.new_names}
         known: dict[int, tuple[Label, Ids]] = {}
         for name, labels in self.table.items().items():
             for label in labels:
-                if name in internal or (label.is_grid and name not in self._directed):
+                by_row = name in self._directed or (name in self.table.resizable and len(label.axes) == 2)
+                if name in internal or (label.is_grid and not by_row):
                     continue
                 cached = known.get(id(label))
                 if cached is None:

@@ -146,7 +146,8 @@ def _finish(
 
     output.check(report, show_failure, hint, **gates)
     result.save(target, plan=plan_file)
-    screen.wrote.extend([path for path in (target, plan_file) if path is not None])
+    config_file: Path | None = getattr(result, "config_file", None)
+    screen.wrote.extend([path for path in (target, plan_file, config_file) if path is not None])
     report.output = str(target)
     pages = output.write_pages(screen, options, report)
     if screen.as_json:
@@ -154,6 +155,7 @@ def _finish(
     for warning in (*report.warnings, *output.damage(report)):
         screen.warn(warning)
     wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
+    wrote += [("config    ", config_file)] if config_file else []
     wrote += [("report    ", path) for path in pages]
     if not output.prints_markdown(options):
         screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))

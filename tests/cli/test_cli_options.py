@@ -163,6 +163,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "keep_cache": False,
         "resize_io": ("past*", "present*"),
         "cache_heads": True,
+        "model_config": None,
         "remove_dead": False,
         "outputs": None,
         "providers": ["cpu", "CPUExecutionProvider"],

@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 import onnxprune as op
 from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan
 from onnxprune.cli.main import main
 from onnxprune.errors import UsageError
 from onnxprune.graph.resized import KEY, Resizing, fitted, resized_of
@@ -137,7 +138,11 @@ def test_data_of_full_size_is_gathered_for_recovery_fidelity_and_comparison(tmp_
     result.save(tmp_path / "small.onnx", plan=tmp_path / "plan.json")
     compared = op.compare(tmp_path / "model.onnx", tmp_path / "small.onnx", data=[loop_call(9)], latency=False)
     assert compared.fidelity is not None and min(o.cosine for o in compared.fidelity.outputs) > 0.5
-    again = op.prune(tmp_path / "model.onnx", plan=tmp_path / "plan.json", latency=False)
+    plan = Plan.load(tmp_path / "plan.json")
+    for group in plan.groups:
+        group.removed = None  # the slots decide
+    again = op.prune(tmp_path / "model.onnx", plan=plan, latency=False)
+    assert again.plan.groups == Plan.load(tmp_path / "plan.json").groups
     assert [tuple(r.after) for r in again.report.resized] == [tuple(r.after) for r in result.report.resized]
     report = json.loads(json.dumps(result.report.to_dict()))
     assert {r["name"] for r in report["resized"]} == {n for k in (0, 1) for h in ("key", "value") for n in (
@@ -212,3 +217,59 @@ def test_halves_that_differ_keep_their_sizes() -> None:
     past_kept, present_kept = (record[name][0].steps[0][1] for name in ("past", "present"))
     np.testing.assert_array_equal(past_kept, present_kept)
     assert model.graph.output[1].type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+CONFIG = {
+    "hidden_size": WIDTH, "num_attention_heads": 2 * KV, "num_key_value_heads": KV, "head_dim": SIZE,
+    "num_hidden_layers": 2, "intermediate_size": 24, "vocab_size": WORDS,
+}  # fmt: skip
+
+
+def test_a_configuration_gets_the_new_sizes_beside_the_output(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    onnx.save(decoder("groups"), tmp_path / "model.onnx")
+    command = ["model.onnx", "-o", "small.onnx", "--cache-heads", "--reshape-axis", "heads", "--ratio", "0.5"]
+    command += ["--criterion", "l2", "--no-validate", "--model-config", "config.json"]
+    done = CliRunner().invoke(main, [str(tmp_path / word) if "." in word[1:-3] else word for word in command])
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "small.config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    model = onnx.load(tmp_path / "small.onnx")
+    heads = [a.i for n in model.graph.node for a in n.attribute if a.name in ("num_heads", "kv_num_heads")]
+    assert heads == [KV, KV // 2] * 2
+    expected = {"num_attention_heads": KV, "num_key_value_heads": KV // 2, "hidden_size": 8, "intermediate_size": 12}
+    assert written == {**CONFIG, **expected}
+
+
+def test_sizes_that_differ_between_layers_are_lists(tmp_path: Path) -> None:
+    path = tmp_path / "genai_config.json"
+    path.write_text(json.dumps({"model": {"decoder": {**CONFIG, "head_size": SIZE}}, "search": {"top_k": 1}}))
+    settings = {"cache_heads": True, "reshape_axis": "heads", "criterion": "l2", "validate": False}
+    groups = op.analyze(decoder("groups"), cache_heads=True).with_reshape_axis("heads").groups
+    group = next(g for g in groups if any(s.tensor == "past.1.key" for s in g.slots) and g.prunable)
+    result = op.prune(
+        decoder("groups"), ratio=0.5, exclude=group.layers[:1], model_config=path, latency=False, **settings
+    )
+    assert result.model_config is not None
+    sizes = result.model_config["model"]["decoder"]
+    assert sizes["num_key_value_heads"] == [KV // 2, KV] and sizes["num_attention_heads"] == [KV, 2 * KV]
+    assert result.model_config["search"] == {"top_k": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps({**CONFIG, "num_key_value_heads": 3}), "is of another model: num_key_value_heads is 3"),
+        (json.dumps({**CONFIG, "num_hidden_layers": 12}), "is of another model: num_hidden_layers is 12"),
+        (json.dumps({**CONFIG, "hidden_size": 768}), "is of another model: hidden_size is 768"),
+        ("{}", "states no number of heads"),
+        ("{", "is not JSON"),
+        (None, "No such configuration"),
+    ],
+)
+def test_configurations_of_other_models_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        op.prune(decoder("groups"), cache_heads=True, model_config=path)
