@@ -16,7 +16,10 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import UsageError, argument
 from onnxprune.graph import cost
 from onnxprune.graph.caches import Cache, find_caches
+from onnxprune.graph.values import operands_at
+from onnxprune.graph.view import Node
 from onnxprune.io import files
+from onnxprune.operators.context import Step
 from onnxprune.operators.registry import rule_of
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -62,23 +65,31 @@ def sizes_of(analysis: Analysis, shape: Shape, attributes: Mapping[str, Mapping[
     """
     graph, sizes = analysis.graph, Sizes(caches=find_caches(analysis.graph))
     for node in graph.steps:
-        output = next((o for o in node.outputs if o), "")
-        scores = shape(node.inputs[0]) if node.inputs and node.inputs[0] else None
-        if node.op == "Softmax" and scores is not None and len(scores) == 4:
-            sizes.heads[output] = int(scores[1] or 0)
+        output, rule = next((o for o in node.outputs if o), ""), rule_of(node)
+        read = shape(node.inputs[0]) if node.inputs and node.inputs[0] else None
+        if rule.bounded and read is not None and len(read) == 4 and rule.score_axis(node, 4) is not None:
+            sizes.heads[output] = int(read[1] or 0)
             sizes.head_size[output] = _size_of_scores(analysis, node.inputs[0], shape)
-        elif rule_of(node).caches and "Attention" in node.op:
-            sizes.heads[output] = _heads((attributes or {}).get(output, node.attrs), scores)
-        elif node.op == "Gather" and node.inputs[0] in graph.weights and len(graph.weights[node.inputs[0]].shape) == 2:
-            result = shape(output)
-            sizes.looked_up[output] = int((result or (0,))[-1] or 0)
-        if cost.is_layer(node, graph) and scores is not None and (result := shape(output)) is not None:
-            sizes.widths[output] = int(scores[-1] or 0), int(result[-1] or 0)
+        elif rule.caches and "num_heads" in "".join(node.attrs):
+            sizes.heads[output] = _heads((attributes or {}).get(output, node.attrs), read)
+        elif _looks_up(node, analysis):
+            sizes.looked_up[output] = int((shape(output) or (0,))[-1] or 0)
+        if cost.is_layer(node, graph) and read is not None and (result := shape(output)) is not None:
+            sizes.widths[output] = int(read[-1] or 0), int(result[-1] or 0)
     for cache in sizes.caches:
         past = shape(cache.past)
         if past is not None and len(past) == 4:
             sizes.kv_heads[cache.present], sizes.head_size[cache.present] = int(past[1] or 0), int(past[3] or 0)
     return sizes
+
+
+def _looks_up(node: Node, analysis: Analysis) -> bool:
+    """Return whether a node looks up rows of a matrix, as of an embedding."""
+    weight = analysis.graph.weights.get(node.inputs[0]) if node.inputs else None
+    if weight is None or len(weight.shape) != 2:
+        return False
+    operands = operands_at(node, analysis.facts.probes[0])
+    return any(rule_of(node).index_limit(node, i, *operands) is not None for i in range(len(node.inputs)))
 
 
 def _size_of_scores(analysis: Analysis, name: str, shape: Shape) -> int:
@@ -87,9 +98,10 @@ def _size_of_scores(analysis: Analysis, name: str, shape: Shape) -> int:
         node = analysis.graph.producer.get(name)
         if node is None:
             return 0
-        if node.op in ("MatMul", "FusedMatMul"):
+        axes = dict(rule_of(node).contracted_axes(Step(node, analysis.table))).get(0)
+        if axes:
             queries = shape(node.inputs[0])
-            return int(queries[-1] or 0) if queries else 0
+            return int(queries[axes[-1]] or 0) if queries else 0
         known = [n for n in node.inputs if n and analysis.table.get(n)] or [n for n in node.inputs if n]
         name = known[0] if known else ""
     return 0
