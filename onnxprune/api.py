@@ -28,6 +28,7 @@ from onnxprune.passes import (
     LockZeros,
     Pipeline,
     Prune,
+    Quantize,
     Recover,
     Regularize,
     RemoveDead,
@@ -117,6 +118,7 @@ def prune(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     pattern_lock: bool | None = None,
+    quantize: str | None = None,
     memory_limit: int | None = None,
     effort: str = "normal",
     validate: bool = True,
@@ -219,6 +221,8 @@ def prune(
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
+        quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
+            :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
             report lists what was left out.
@@ -273,17 +277,19 @@ def prune(
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
     trained = [ShortFinetune()] if by_default else tuned
     locks = _locking(pattern_lock, mode_and_reason[0], tuned)
-    stages = [*locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, trained)]
+    later = [*trained, *_quantizing(quantize)]
+    stages = [*locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, later)]
     if words and first is None and not shorter:
-        stages = [Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
+        stages = [*_quantizing(quantize), Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
     stages = [*words, *stages]
     stages = [Flush(), *stages] if remove_dead else stages  # what is next to 0 may be all that a unit has
-    pipe = Pipeline(stages if searches else [*stages, *_measures(metric)])
-    result = pipe.execute(model, run)
+    judged = not searches or quantize is not None  # a search judges models before they are quantized
+    result = Pipeline([*stages, *_measures(metric)] if judged else stages).execute(model, run)
     if spec.any:
         _warn_of_targets_met_before(result.report)
     _warn_of_no_gain(result.report)
-    if not searches:
+    _warn_of_float_costs(result.report)
+    if judged:
         _check_quality(result, min_fidelity, max_drop)
     return result
 
@@ -294,6 +300,14 @@ def _warn_of_targets_met_before(report: Report) -> None:
         if target.met_before and target.limit != target.before:
             original = Target(target.kind, target.before, absolute=True)
             report.warnings.append(f"{target.asked} was met before pruning: the original has {original}")
+
+
+def _warn_of_float_costs(report: Report) -> None:
+    """Warn of targets that were met by the model before it was quantized."""
+    kinds = sorted({t.kind for t in report.budget.targets} & {"size", "latency", "peak-memory"} if report.budget else ())
+    if report.quantization is not None and kinds:
+        what = f"{argument('target')} {' and '.join(kinds)}"
+        report.warnings.append(Note(f"{what}: met by the float model; {argument('quantize')} came after it"))
 
 
 def _warn_of_no_gain(report: Report) -> None:
@@ -316,17 +330,17 @@ def _warn_of_no_gain(report: Report) -> None:
 
 
 def _stages(
-    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool | str, tuned: Sequence[Any] = ()
+    cut: Any, mode_and_reason: tuple[str, str], validate: bool, timed: bool | str, later: Sequence[Any] = ()
 ) -> list[Any]:
     """Return the passes of a run: pruning, checks before the recovery, and a recovery if pruning does none."""
     plan = cut.replayed if isinstance(cut, Prune) else None
     factors = [Factorize(plan=plan, check=validate)] if _factorizes(plan) else []
-    changed = mode_and_reason[0] != "none" or factors or isinstance(cut, Budget) or tuned
+    changed = mode_and_reason[0] != "none" or factors or isinstance(cut, Budget) or later
     exact = [Exact()] if validate and changed else []
     repair = [] if isinstance(cut, Budget) else [Recover(mode_and_reason[0], why=mode_and_reason[1])]
     check = Validate(exact=validate, faithful=validate, timed=timed)
     first = [] if cut is None else [cut]
-    return [*first, Flush(), *exact, *factors, *repair, *tuned, check]
+    return [*first, Flush(), *exact, *factors, *repair, *later, check]
 
 
 def _check_depth(depth: float | str | None, spec: BudgetSpec, keep_cache: bool) -> None:
@@ -371,6 +385,11 @@ def _lists_more(plan: Plan | None) -> bool:
 def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
     """Return the training that was asked for, if any."""
     return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels)]
+
+
+def _quantizing(mode: str | None) -> list[Quantize]:
+    """Return the quantization that was asked for, if any."""
+    return [] if mode is None else [Quantize(mode)]
 
 
 def _locking(lock: bool | None, recover: str, tuned: Sequence[Finetune]) -> list[LockZeros]:
@@ -432,6 +451,7 @@ def recover(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     pattern_lock: bool | None = None,
+    quantize: str | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     samples: int | None = None,
     batch_size: int | None = None,
@@ -474,6 +494,8 @@ def recover(
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
             original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
+        quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
+            :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
             report lists what was left out.
@@ -502,7 +524,7 @@ def recover(
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     tuned = _finetuning(finetune, labels)
     locks = _locking(pattern_lock, recover, tuned)
-    stages = [take, Flush(), *locks, Recover(recover), *tuned, check, *_measures(metric)]
+    stages = [take, Flush(), *locks, Recover(recover), *tuned, *_quantizing(quantize), check, *_measures(metric)]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
@@ -524,6 +546,7 @@ def finetune(
     data: Any,
     finetune: int | str | bool = True,
     labels: Any = None,
+    quantize: str | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     samples: int | None = None,
     batch_size: int | None = None,
@@ -549,6 +572,8 @@ def finetune(
         finetune: steps (500), time (``"3m"``), or True for 1,000 steps or 3 minutes, whichever ends first.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file; None:
             distillation alone.
+        quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
+            :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
         samples: number of samples to use, 1 or more; None: all.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
@@ -576,7 +601,8 @@ def finetune(
     """
     run = record_of(RunSettings, locals())
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
-    stages = [take, Flush(), Finetune(finetune, labels=labels), check, *_measures(metric)]
+    tuned = Finetune(finetune, labels=labels)
+    stages = [take, Flush(), tuned, *_quantizing(quantize), check, *_measures(metric)]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
@@ -613,6 +639,7 @@ def factorize(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     pattern_lock: bool | None = None,
+    quantize: str | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -665,6 +692,8 @@ def factorize(
             the loss of ``finetune`` is then on them. None: without labels.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
+        quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
+            :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -697,7 +726,8 @@ def factorize(
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     tuned = _finetuning(finetune, labels)
     locks = _locking(pattern_lock, mode, tuned)
-    stages = [Flush(), *locks, take, Recover(mode, why=reason), *tuned, check, *_measures(metric)]
+    later = [*tuned, *_quantizing(quantize)]
+    stages = [Flush(), *locks, take, Recover(mode, why=reason), *later, check, *_measures(metric)]
     result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
@@ -734,6 +764,7 @@ def sparsify(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     pattern_lock: bool = True,
+    quantize: str | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     custom_op_libraries: Sequence[str | Path] = (),
@@ -792,6 +823,8 @@ def sparsify(
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
         pattern_lock: whether zeros stay 0 in recovery and fine-tuning, which are refused otherwise; True.
+        quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
+            :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -821,13 +854,19 @@ def sparsify(
             f"{argument('pattern_lock', False)} lets {what} fill the zeros that this run makes.",
             hint=f"Drop it, or give {argument('recover', 'none')} and no {argument('finetune')}.",
         )
+    if quantize is not None and storage == "sparse":
+        raise UsageError(
+            f"{argument('storage', 'sparse')} has no meaning with {argument('quantize')}, which stores codes",
+            hint="Drop one of the two.",
+        )
     take, store = Sparsify(pattern, **options.arguments), StoreZeros(storage, device)
     by = take.request.scored_by(data is not None)
     if labels is not None and not tuned and by not in GRADIENT_SCORES:
         raise _unread_labels()
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
     dead = [RemoveDead(check=validate)] if remove_dead and take.request.shape.is_plain else []
-    stages = [Flush(), take, *dead, Recover(mode, why=reason), *tuned, store, check, *_measures(metric)]
+    last = [store, *_quantizing(quantize), check, *_measures(metric)]
+    stages = [Flush(), take, *dead, Recover(mode, why=reason), *tuned, *last]
     result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

@@ -770,6 +770,7 @@ _BUILT_IN: dict[str, Any] = {
     "exact": "onnxprune.passes.exact:Exact",
     "finetune": "onnxprune.passes.finetune:Finetune",
     "flush": "onnxprune.passes.flush:Flush",
+    "quantize": "onnxprune.passes.quantize:Quantize",
     "recover": "onnxprune.passes.recover:Recover",
     "regularize": "onnxprune.passes.regularize:Regularize",
     "remove-dead": "onnxprune.passes.remove_dead:RemoveDead",

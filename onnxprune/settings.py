@@ -812,6 +812,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "budget or points": lambda v: has_budget(v) or "target" not in v,
     "latency target": lambda v: _kinds(v, "latency"),
     "measured sensitivity": lambda v: v.get("sensitivity") == "measure" or "ratios" in v,
+    "data for ranges": lambda v: v.get("quantize") != "qdq" or v.get("data") is not None,
     "runs": lambda v: v.get("validate") is not False,
     "learns": lambda v: v.get("finetune") not in (None, False, "none") or v.get("criterion") is not None,
     "runs or metric": lambda v: (
@@ -853,6 +854,7 @@ PENALTIES = ("group-lasso", "slimming", "l1-mask")
 """On the norms of groups of weights, on the scale of a unit, on a mask in front of it."""
 METHODS = ("auto", "svd", "tucker", "cp", "spatial-svd")
 WEIGHT_CRITERIA = ("magnitude", "wanda", "obs", "gradient", "snip", "snip-momentum", "taylor")
+QUANTIZERS = ("dynamic", "qdq")
 TARGET_KINDS = ("macs", "params", "size", "latency", "peak-memory")
 
 _EVERY = dict.fromkeys(_OF_MODELS, INPUT)
@@ -1717,6 +1719,19 @@ SETTINGS: tuple[Setting, ...] = (
                 "default": True,
             }
         },
+    ),
+    Setting(
+        "quantize",
+        Word(*QUANTIZERS),
+        f"Then quantize to 8 bits: dynamic finds ranges at run time, qdq on {argument('data')}; fidelity is that of the "
+        "quantized model. Default: not.",
+        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
+        needs=Need(
+            "data for ranges",
+            f"finds the ranges of activations on data, but {argument('data')} is not given",
+            f"Give {argument('data')}, or {argument('quantize', 'dynamic')}, which finds them at run time.",
+        ),
+        brief="Then store and compute in 8 bits.",
     ),
     Setting(
         "effort",

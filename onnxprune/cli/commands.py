@@ -176,6 +176,7 @@ def _show_dry_run(
         skipped += ["the proof of exactness"] if options.command == "prune" else []
         skipped += ["the comparison of outputs"]
         skipped += ["recovery"] if options.recover not in (None, "none") or options.data is not None else []
+        skipped += ["quantization"] if options.values.get("quantize") is not None else []
         gates = [name for name in ("min_fidelity", "metric", "max_drop") if options.values.get(name) is not None]
         skipped += [screen.spelled(Note(argument(name))) for name in gates]
     files = [str(path) for path in (target, plan_file) if path is not None]
@@ -234,7 +235,7 @@ def _cut(options: CommandOptions, screen: Screen) -> Any:
     if not arguments["validate"] and arguments["criterion"] is None and not fixed:
         arguments["criterion"] = "l2"  # the default for data runs the model
     if options.dry_run and not options.has_budget:
-        arguments |= {"validate": False, "recover": "none", "metric": None}
+        arguments |= {"validate": False, "recover": "none", "metric": None, "quantize": None}
     if options.sensitivity == "measure":
         arguments["jobs"] = options.jobs or -1
     # Quiet without JSON shows no latency, so the time to measure it is saved.
@@ -389,7 +390,7 @@ def _factorized(options: CommandOptions, screen: Screen) -> Any:
     arguments = {k: v for k, v in options.arguments.items() if options.plan is None or k not in decided}
     arguments |= dict.fromkeys(_GATES)
     if options.dry_run:
-        arguments |= {"validate": False, "recover": "none", "metric": None}
+        arguments |= {"validate": False, "recover": "none", "metric": None, "quantize": None}
     # Quiet without JSON shows no latency, so the time to measure it is saved.
     latency = arguments["validate"] and _timing(screen, options)
     with screen.progress() as progress:
@@ -427,6 +428,7 @@ def _sparse(options: CommandOptions, screen: Screen) -> Any:
     arguments = {**options.arguments, **dict.fromkeys(_GATES)}
     if options.dry_run:
         arguments |= {"validate": False, "recover": "none", "finetune": None, "metric": None}
+        arguments["quantize"] = None
         arguments |= {"labels": None} if options.criterion not in GRADIENT_SCORES else {}
     # Quiet without JSON shows no latency, so the time to measure it is saved.
     latency = arguments["validate"] and (screen.verbosity >= 0 or screen.as_json)

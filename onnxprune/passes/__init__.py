@@ -10,6 +10,7 @@ from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.finetune import Finetune
 from onnxprune.passes.flush import Flush
 from onnxprune.passes.prune import Prune
+from onnxprune.passes.quantize import Quantize
 from onnxprune.passes.recover import Recover
 from onnxprune.passes.regularize import Regularize
 from onnxprune.passes.remove_dead import RemoveDead
@@ -48,6 +49,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Prune",
+    "Quantize",
     "Recover",
     "Regularize",
     "RemoveDead",

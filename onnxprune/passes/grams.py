@@ -36,6 +36,7 @@ def input_grams(
     graph: Graph,
     weights: Mapping[str, Weight],
     readers: Mapping[str, Sequence[Reader]],
+    source: CalibrationBatches | None = None,
 ) -> dict[str, InputGram]:
     """Capture the second moments of the inputs of layers, {layer: moments}; layers out of sight have none.
 
@@ -45,11 +46,12 @@ def input_grams(
         graph: the graph to run.
         weights: its weights.
         readers: {layer: the nodes that read its weight}; moments are the mean over the nodes.
+        source: part of the data; None: all.
 
     Raises:
         UsageError: the data do not fit. ModelError: the model does not run, or holds NaN.
     """
-    source = CalibrationBatches(context, analysis)
+    source = source or CalibrationBatches(context, analysis)
     requests: dict[_Key, CaptureRequest] = {}
     keys: dict[str, list[_Key]] = {}
     # A model that was pruned meanwhile has other sizes than the analysis.

@@ -540,6 +540,27 @@ class ZerosFacts:
 
 
 @dataclass(slots=True)
+class Quantization:
+    """A quantization to 8 bits.
+
+    ``mode`` is ``dynamic`` or ``qdq``; ``weights`` hold codes now, with ``elements`` in all. ``layers`` have weights
+    that can be rounded; ``rounded`` of them were fitted to ``samples`` inputs, ``corrected`` have a bias that takes up
+    the shift; ``folded`` BatchNormalizations went into the layer in front. ``bytes_float`` is the size of the file
+    before.
+    """
+
+    mode: str
+    weights: int = 0
+    elements: int = 0
+    layers: int = 0
+    rounded: int = 0
+    corrected: int = 0
+    folded: int = 0
+    samples: int = 0
+    bytes_float: int = 0
+
+
+@dataclass(slots=True)
 class TargetFacts:
     """Target of one kind of cost, and the cost reached; in MACs, parameters, bytes or seconds."""
 
@@ -692,6 +713,8 @@ class Report:
     """Every weight that was considered for sparsification; empty where none was requested."""
     zeros: ZerosFacts | None = None
     """The zeros of a model that was sparsified, and what they are worth; None for others."""
+    quantization: Quantization | None = None
+    """The quantization behind everything else; null where none was asked for."""
     product: Exactness | None = None
     """Whether factorized layers compute the product of their weights; None where there are none."""
     regularized: Regularized | None = None
@@ -971,6 +994,7 @@ Fact = (
     | Factorization
     | Sparsification
     | ZerosFacts
+    | Quantization
     | Recovered
     | Finetuning
     | Flushed
@@ -1041,6 +1065,7 @@ _PLACES: dict[type, str] = {
     DeadChannels: "dead",
     Regularized: "regularized",
     Exactness: "exactness",
+    Quantization: "quantization",
     ZerosFacts: "zeros",
     Fidelity: "fidelity",
     Finetuning: "finetuning",

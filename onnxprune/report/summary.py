@@ -37,6 +37,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
         *tables.resized_line(report.resized),
         *unpruned(report),
         *sparsity.lines(report),
+        *_quantized(report),
         *_advice(report),
     ]
     lines += [labelled("left out", ", ".join(report.left_out))] if report.left_out else []
@@ -87,6 +88,19 @@ def _budget(facts: BudgetFacts | None) -> Iterator[Text]:
         change = f"{before} {numbers.ARROW} {after}, allowed {limit}"
         yield labelled("target", f"{target.asked}: {change}, {tables.verdict(target)}")
     yield tables.budget_line(facts)
+
+
+def _quantized(report: Report) -> Iterator[Text]:
+    """One line on what is stored in 8 bits, how it was fitted, and what it saved."""
+    facts = report.quantization
+    if facts is None:
+        return
+    what = f"{facts.mode}, {facts.weights} weights in 8 bits"
+    if facts.rounded:
+        what += f", {facts.rounded} of {facts.layers} rounded to keep outputs, {facts.corrected} biases corrected"
+        what += f" ({facts.samples} samples)"
+    change = numbers.change(numbers.size(facts.bytes_float), numbers.size(report.totals.bytes_after))
+    yield labelled("quantized", f"{what}: {change}")
 
 
 def speed(facts: Latency) -> str:
