@@ -304,7 +304,8 @@ def _warn_of_targets_met_before(report: Report) -> None:
 
 def _warn_of_float_costs(report: Report) -> None:
     """Warn of targets that were met by the model before it was quantized."""
-    kinds = sorted({t.kind for t in report.budget.targets} & {"size", "latency", "peak-memory"} if report.budget else ())
+    targets = report.budget.targets if report.budget is not None else ()
+    kinds = sorted({target.kind for target in targets} & {"size", "latency", "peak-memory"})
     if report.quantization is not None and kinds:
         what = f"{argument('target')} {' and '.join(kinds)}"
         report.warnings.append(Note(f"{what}: met by the float model; {argument('quantize')} came after it"))

@@ -1723,8 +1723,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "quantize",
         Word(*QUANTIZERS),
-        f"Then quantize to 8 bits: dynamic finds ranges at run time, qdq on {argument('data')}; fidelity is that of the "
-        "quantized model. Default: not.",
+        f"Then quantize to 8 bits: dynamic finds ranges at run time, qdq on {argument('data')}; fidelity is that of "
+        "the quantized model. Default: not.",
         dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
         needs=Need(
             "data for ranges",

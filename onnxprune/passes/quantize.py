@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.propagate import infer_by_rule
@@ -49,7 +49,18 @@ _RANGES = 512
 _DYNAMIC = ("MatMul", "LSTM", "Attention")
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _AROUND = (
-    *("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Transpose", "Flatten"),
+    *(
+        "Add",
+        "Relu",
+        "Clip",
+        "MaxPool",
+        "AveragePool",
+        "GlobalAveragePool",
+        "Concat",
+        "Reshape",
+        "Transpose",
+        "Flatten",
+    ),
     *("Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Resize"),
 )
 """Operators that pass on codes between convolutions. Sums of a transformer's residual stream would lose too much."""
@@ -93,6 +104,8 @@ class Quantize(Pass):
         split = None if context.calibration is None else split_for(context, model.analysis, "bias")
         with context.stage("quantize"):
             work = _Work(context, model.analysis, Prepared(*fold_normalisations(model)))
+            if not work.is_float:
+                raise _nothing(model)
             facts.layers, facts.folded = len(work.layers), _num_nodes(model.proto) - _num_nodes(work.model.graph.proto)
             if split is not None:
                 facts.samples = split.num_fit
@@ -268,6 +281,11 @@ class _Work:
     model: Prepared
 
     @property
+    def is_float(self) -> bool:
+        """Whether any matrix holds numbers in single precision."""
+        return any(w.dtype == np.float32 and len(w.shape) > 1 for w in self.model.weights.values())
+
+    @property
     def layers(self) -> list[Layer]:
         """The layers whose weights can be read and written."""
         graph, shape = self.model.graph, _shapes(self.analysis, self.model)
@@ -344,7 +362,8 @@ def _converted(
 def _operators(proto: onnx.ModelProto, static: bool) -> list[str]:
     """Return the types of the operators to quantize."""
     present = {(node.op_type, node.domain) for node in proto.graph.node}
-    types = {op for op, _ in present}
+    half = {t.name for t in proto.graph.initializer if t.data_type != TensorProto.FLOAT and len(t.dims) > 1}
+    types = {op for op, _ in present} - {node.op_type for node in proto.graph.node if half & set(node.input)}
     if not static:
         # An Attention of the standard domain has no weights.
         return [op for op in _DYNAMIC if op in types and (op != "Attention" or (op, "") not in present)]
@@ -447,7 +466,7 @@ def _decode(proto: onnx.ModelProto, weights: MutableMapping[str, Weight], name: 
     largest = np.abs(value).max(axis=others, keepdims=True)
     scale = np.where(largest > 0, largest, TOP) / TOP
     codes = np.clip(np.rint(value / scale), -TOP, TOP).astype(np.int8)
-    arrays = {"quantized": codes, "scale": scale.reshape(-1).astype(np.float32)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {"quantized": codes, "scale": scale.reshape(-1).astype(np.float32)}
     kept = [t for t in proto.graph.initializer if t.name != name]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
