@@ -186,8 +186,18 @@ def test_there_is_no_drawer_for_everything() -> None:
     assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}
 
 
-APART = ("operators", "gradients", "graph.canonical", "graph.restore", "io", "channels.constants", "runtime.fidelity")
-"""Rules and gradients; rewriters of patterns; files and bodies; constant channels; meanings of outputs, from names."""
+APART = (
+    "operators",
+    "gradients",
+    "graph.canonical",
+    "graph.restore",
+    "io",
+    "channels.constants",
+    "runtime.fidelity",
+    "runtime.quantizer",
+)
+"""Rules and gradients; rewriters of patterns; files and bodies; constant channels; meanings of outputs, from names;
+what onnxruntime quantizes."""
 STRUCTURE = {"Constant", "If", "Loop", "Scan", "SequenceMap"}
 """Operators that hold values or bodies and compute nothing themselves."""
 PATTERNS = {

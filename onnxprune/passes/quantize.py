@@ -27,10 +27,10 @@ from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.recover import HAS_INPUTS, split_for
 from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import SAME_REMOVAL, Context, HoldOut, Model, ModelParts, Pass, PassResult
-from onnxprune.recovery.targets import Layer, layer_target
+from onnxprune.recovery.targets import Layer, RecoveryTarget, layer_target
 from onnxprune.report.facts import Fact, Quantization, Remark
 from onnxprune.runtime.capture import count
-from onnxprune.runtime.quantizer import PREPARED, quantize_file
+from onnxprune.runtime.quantizer import PREPARED, operators_for, quantize_file
 from onnxprune.runtime.sessions import Feed, spread
 from onnxprune.settings import checked
 from onnxprune.sparsification.obs import inverse_factor, round_columns
@@ -46,24 +46,6 @@ _SMALL = 512
 """Weights with fewer elements save nothing as codes that are decoded when the model is loaded."""
 _RANGES = 512
 """Largest number of samples to find ranges of activations with."""
-_DYNAMIC = ("MatMul", "LSTM", "Attention")
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_AROUND = (
-    *(
-        "Add",
-        "Relu",
-        "Clip",
-        "MaxPool",
-        "AveragePool",
-        "GlobalAveragePool",
-        "Concat",
-        "Reshape",
-        "Transpose",
-        "Flatten",
-    ),
-    *("Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Resize"),
-)
-"""Operators that pass on codes between convolutions. Sums of a transformer's residual stream would lose too much."""
 
 
 class Quantize(Pass):
@@ -103,10 +85,11 @@ class Quantize(Pass):
         facts = Quantization(self.mode)
         split = None if context.calibration is None else split_for(context, model.analysis, "bias")
         with context.stage("quantize"):
-            work = _Work(context, model.analysis, Prepared(*fold_normalisations(model)))
+            folded, facts.folded = fold_normalisations(model)
+            work = _Work(context, model.analysis, Prepared(*folded))
             if not work.is_float:
                 raise _nothing(model)
-            facts.layers, facts.folded = len(work.layers), _num_nodes(model.proto) - _num_nodes(work.model.graph.proto)
+            facts.layers = len(work.layers)
             if split is not None:
                 facts.samples = split.num_fit
                 facts.rounded, facts.corrected = work.round(split.fit, per_channel)
@@ -138,10 +121,10 @@ def check_quantizable(model: Model, mode: str) -> bool:
     Raises:
         ModelError: the model is quantized already, or too old.
     """
-    node = next((n for n in model.proto.graph.node if _is_quantized(n)), None)
+    node = next((n for n in Graph.of(*model.parts).steps if _is_quantized(n)), None)
     if node is not None:
         raise ModelError(
-            f"The model is quantized already: node {node.name or node.output[0]!r} is a {node.op_type}.",
+            f"The model is quantized already: node {node.label!r} is a {node.op}.",
             hint=f"Drop {argument('quantize')}: what is pruned stays quantized.",
         )
     opset, first = _opset(model.proto), _FIRST_OPSET[mode]
@@ -155,23 +138,13 @@ def check_quantizable(model: Model, mode: str) -> bool:
     return opset >= _PER_CHANNEL
 
 
-_QUANTIZED = {
-    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearConv"),
-    *("QLinearMatMul", "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"),
-    *("QAttention", "QGemm", "QLinearAdd", "QEmbedLayerNormalization"),
-}
-
-
-def _is_quantized(node: onnx.NodeProto) -> bool:
-    return node.op_type in _QUANTIZED
+def _is_quantized(node: Node) -> bool:
+    rule = rule_of(node)
+    return rule.quantized or rule.encodes or rule.decodes
 
 
 def _opset(proto: onnx.ModelProto) -> int:
     return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
-
-
-def _num_nodes(proto: onnx.ModelProto) -> int:
-    return sum(node.op_type == "BatchNormalization" for node in proto.graph.node)
 
 
 def _first(feeds: Sequence[Feed]) -> list[Feed]:
@@ -189,8 +162,8 @@ def _first(feeds: Sequence[Feed]) -> list[Feed]:
 # -- BatchNormalization ------------------------------------------------------------------------------------------------
 
 
-def fold_normalisations(model: Model) -> ModelParts:
-    """Return the model with every BatchNormalization folded that alone reads a convolution or a product.
+def fold_normalisations(model: Model) -> tuple[ModelParts, int]:
+    """Fold every BatchNormalization that alone reads a convolution or a product; return the model and their number.
 
     A quantized BatchNormalization rounds its output a second time, and its channels differ in range by orders of
     magnitude.
@@ -199,13 +172,12 @@ def fold_normalisations(model: Model) -> ModelParts:
     graph, shape = prepared.graph, _shapes(model.analysis, prepared)
     folded: dict[str, str] = {}
     for node in graph.steps:
-        if node.op != "BatchNormalization" or node.domain or len([o for o in node.outputs if o]) > 1:
+        scale = layer_target(graph, node, shape)
+        front = graph.producer.get(node.inputs[0]) if node.inputs else None
+        if isinstance(scale, str) or front is None or not _folds(graph, scale, front):
             continue
-        front = graph.producer.get(node.inputs[0])
-        if front is None or front.op not in _LAYERS or not _only_reader(graph, node.inputs[0]):
-            continue
-        scale, target = layer_target(graph, node, shape), layer_target(graph, front, shape)
-        if isinstance(scale, str) or isinstance(target, str):
+        target = layer_target(graph, front, shape)
+        if isinstance(target, str) or isinstance(target.form, Scale):
             continue
         layer = Layer(graph, prepared.weights, target)
         matrix, bias = layer.read()
@@ -216,17 +188,23 @@ def fold_normalisations(model: Model) -> ModelParts:
         folded[front.outputs[0]] = node.outputs[0]
     proto, weights = prepared.model()
     if not folded:
-        return model.parts
+        return model.parts, 0
     _remove_nodes(proto, folded)
     read = {name for n in proto.graph.node for name in n.input} | {o.name for o in proto.graph.output}
     names = [t.name for t in proto.graph.initializer if t.name in read or t.name not in weights]
     kept = [t for t in proto.graph.initializer if t.name in set(names)]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-    return proto, {name: weight for name, weight in weights.items() if name in set(names)}
+    return (proto, {name: weight for name, weight in weights.items() if name in set(names)}), len(folded)
 
 
-def _only_reader(graph: Graph, name: str) -> bool:
+def _folds(graph: Graph, scale: RecoveryTarget, front: Node) -> bool:
+    """Return whether a normalisation has one output, alone reads a layer, and both lie in the main graph."""
+    node, name = scale.node, front.outputs[0]
+    if not isinstance(scale.form, Scale) or len([o for o in node.outputs if o]) > 1 or node.inputs[0] != name:
+        return False
+    if not rule_of(front).weights or graph.conditions(node.index) != graph.conditions(front.index):
+        return False
     return len(graph.consumers.get(name, ())) == 1 and name not in graph.outputs and name not in graph.captured
 
 
@@ -234,7 +212,7 @@ def _remove_nodes(proto: onnx.ModelProto, folded: Mapping[str, str]) -> None:
     """Remove normalisations, given as {output of the layer: output of the normalisation}."""
     nodes = []
     for node in proto.graph.node:
-        if node.op_type == "BatchNormalization" and folded.get(node.input[0]) == node.output[0]:
+        if node.input and node.output and folded.get(node.input[0]) == node.output[0]:
             continue
         if node.output and node.output[0] in folded:
             node.output[0] = folded[node.output[0]]
@@ -301,7 +279,7 @@ class _Work:
     def round(self, feeds: Sequence[Feed], per_channel: bool) -> tuple[int, int]:
         """Round weights and correct biases; returns the numbers of layers rounded and of those corrected."""
         # A runtime scales outputs of a stack of matrices, or of transposed groups, together.
-        layers = [a for a in self.layers if a.form.parts == 1 or a.node.op == "Conv"]
+        layers = [layer for layer in self.layers if _has_own_scales(layer)]
         readers: dict[str, list[Reader]] = {
             layer.node.label: [(layer.node, layer.form, layer.read()[0].shape[1] // layer.form.taps)]
             for layer in layers
@@ -319,6 +297,12 @@ class _Work:
         roots = {layer.target.weight.root for layer in self.layers}
         counts = {name: int((self.model.weights[name].read() == 0).sum()) for name in roots}
         return {name: zeros for name, zeros in counts.items() if zeros}
+
+
+def _has_own_scales(layer: Layer) -> bool:
+    """Return whether an axis of the weight has an index for each output of all parts."""
+    parts, _, outputs = layer.read()[0].shape
+    return bool(parts == 1 or layer.shape[0] == parts * outputs)
 
 
 def _rounded(grams: Mapping[str, InputGram], per_channel: bool, layer: Layer) -> tuple[Any, Any]:
@@ -360,15 +344,10 @@ def _converted(
 
 
 def _operators(proto: onnx.ModelProto, static: bool) -> list[str]:
-    """Return the types of the operators to quantize."""
-    present = {(node.op_type, node.domain) for node in proto.graph.node}
+    """Return the types of the operators to quantize: none whose weights are in another precision."""
     half = {t.name for t in proto.graph.initializer if t.data_type != TensorProto.FLOAT and len(t.dims) > 1}
-    types = {op for op, _ in present} - {node.op_type for node in proto.graph.node if half & set(node.input)}
-    if not static:
-        # An Attention of the standard domain has no weights.
-        return [op for op in _DYNAMIC if op in types and (op != "Attention" or (op, "") not in present)]
-    convolves = bool(types & {"Conv", "ConvTranspose"})
-    return [op for op in (*_LAYERS, *(_AROUND if convolves else ())) if op in types]
+    others = {node.op_type for node in proto.graph.node if half & set(node.input)}
+    return operators_for({(node.op_type, node.domain) for node in proto.graph.node}, others, static=static)
 
 
 def _with_initializers(parts: ModelParts) -> tuple[onnx.ModelProto, dict[str, Weight]]:
@@ -424,11 +403,11 @@ def _stored_as_codes(parts: ModelParts, analysis: Analysis) -> ModelParts:
 
 def _table(graph: Graph, node: Node) -> tuple[str, int] | None:
     """Return the table that a node looks up rows in, and the axis of its rows."""
-    if node.op != "Gather" or node.domain or node.inputs[0] not in graph.weights:
+    factoring = rule_of(node).factoring
+    weight = graph.weights.get(node.inputs[0]) if factoring is not None and factoring.looks_up else None
+    if weight is None or len(weight.shape) != 2 or int(node.attrs.get("axis", 0)) != 0:
         return None
-    axis = int(node.attrs.get("axis", 0))
-    weight = graph.weights[node.inputs[0]]
-    return (node.inputs[0], 0) if axis == 0 and len(weight.shape) == 2 and _is_worth(graph, node.inputs[0]) else None
+    return (node.inputs[0], 0) if _is_worth(graph, node.inputs[0]) else None
 
 
 def _float_weight(graph: Graph, node: Node, shape: Any) -> tuple[str, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,31 @@ from onnxprune.runtime.sessions import Feed
 
 PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Metadata of a model that needs no preparation: the quantizer then recommends none."""
+
+
+_DYNAMIC = ("MatMul", "LSTM", "Attention")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BETWEEN = (
+    *("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Transpose"),
+    *("Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Resize"),
+)
+"""Operators that pass on codes between convolutions. Sums of a transformer's residual stream would lose too much."""
+
+
+def operators_for(present: Collection[tuple[str, str]], excluded: Collection[str], *, static: bool) -> list[str]:
+    """Return the types of the operators that the quantizer is to take.
+
+    Args:
+        present: type and domain of the operators of the model.
+        excluded: types to leave out.
+        static: whether ranges of activations are known ahead (QDQ).
+    """
+    types = {op for op, _ in present} - set(excluded)
+    if not static:
+        # An Attention of the standard domain has no weights.
+        return [op for op in _DYNAMIC if op in types and (op != "Attention" or (op, "") not in present)]
+    convolves = bool(types & {"Conv", "ConvTranspose"})
+    return [op for op in (*_LAYERS, *(_BETWEEN if convolves else ())) if op in types]
 
 
 class _Reader:

@@ -125,7 +125,9 @@ def test_rows_of_a_table_have_scales_of_their_own() -> None:
 
 def test_normalisations_fold_into_the_layer_in_front() -> None:
     model = network()
-    folded = assemble(*fold_normalisations(Model.of(Analysis(model))))
+    parts, count = fold_normalisations(Model.of(Analysis(model)))
+    folded = assemble(*parts)
+    assert count == 2
     assert not any(node.op_type == "BatchNormalization" for node in folded.graph.node)
     np.testing.assert_allclose(outputs(folded, DATA), outputs(model, DATA), rtol=1e-4, atol=1e-5)
     assert len(folded.graph.initializer) == len(model.graph.initializer) - 8 + 1  # one convolution gets a bias
