@@ -33,6 +33,7 @@ from onnxprune.passes import (
     Regularize,
     RemoveDead,
     Result,
+    Rotate,
     Sparsify,
     StoreZeros,
     Validate,
@@ -69,6 +70,7 @@ def prune(
     criterion: str | Criterion | None = None,
     ratio: float | None = None,
     depth: float | str | None = None,
+    rotate: str = "auto",
     keep_cache: bool = False,
     vocabulary: Any = None,
     keep_ids: bool = False,
@@ -137,6 +139,9 @@ def prune(
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`; or ``"auto"``: as many
             as ``target`` is best met with. None: none.
+        rotate: whether residual streams are turned to the principal directions of ``data`` first, so that pruned
+            channels carry least: ``yes``, ``no``, or ``auto`` (default): where a trial at the same work is more
+            faithful with it; not with ``quick`` effort, see :class:`onnxprune.passes.Rotate`.
         keep_cache: leave inputs and outputs for the caches of branches that ``depth`` removes, each output being the
             input; False: they go as well.
         vocabulary: tokens to keep, the others leave embeddings and logits: ids, a text or JSON file of ids, ``"auto"``
@@ -278,7 +283,8 @@ def prune(
     trained = [ShortFinetune()] if by_default else tuned
     locks = _locking(pattern_lock, mode_and_reason[0], tuned)
     later = [*trained, *_quantizing(quantize)]
-    stages = [*locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, later)]
+    turned = _rotation(rotate, first, mode, data is not None and validate and effort != "quick", spec)
+    stages = [*turned, *locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, later)]
     if words and first is None and not shorter:
         stages = [*_quantizing(quantize), Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
     stages = [*words, *stages]
@@ -376,6 +382,19 @@ def _vocabulary(
     if tokens is None:
         return []
     return [Vocabulary(tokens, keep_ids=keep_ids, tokenizer=tokenizer, check=validate)]
+
+
+def _rotation(mode: str, first: Any, recover: str, can_try: bool, spec: BudgetSpec) -> list[Rotate]:
+    """Return the rotation of streams that was asked for, or that is tried by default, if any."""
+    if isinstance(first, Prune) and first.replayed is not None:
+        return [Rotate(plan=first.replayed)] if first.replayed.rotations else []
+    if mode == "yes":
+        return [Rotate("yes")]
+    if mode == "no" or not can_try or not isinstance(first, (Prune, Budget)):
+        return []
+    shares = [target.value for target in spec.targets if target.kind == "macs" and not target.absolute]
+    trial = first if isinstance(first, Prune) else Prune(first.criterion, **first.arguments)
+    return [Rotate("auto", trial=trial, share=min(shares, default=None), recover=recover)]
 
 
 def _lists_more(plan: Plan | None) -> bool:
@@ -525,7 +544,8 @@ def recover(
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     tuned = _finetuning(finetune, labels)
     locks = _locking(pattern_lock, recover, tuned)
-    stages = [take, Flush(), *locks, Recover(recover), *tuned, *_quantizing(quantize), check, *_measures(metric)]
+    rotations = [Rotate(plan=take.plan)] if take.plan.rotations else []
+    stages = [*rotations, take, Flush(), *locks, Recover(recover), *tuned, *_quantizing(quantize), check, *_measures(metric)]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
@@ -602,8 +622,9 @@ def finetune(
     """
     run = record_of(RunSettings, locals())
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
+    rotations = [Rotate(plan=take.plan)] if take.plan.rotations else []
     tuned = Finetune(finetune, labels=labels)
-    stages = [take, Flush(), tuned, *_quantizing(quantize), check, *_measures(metric)]
+    stages = [*rotations, take, Flush(), tuned, *_quantizing(quantize), check, *_measures(metric)]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

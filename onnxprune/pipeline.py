@@ -26,7 +26,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan, PlanVocabulary, map_text
+from onnxprune.channels.plan import Plan, PlanRotation, PlanVocabulary, map_text, rotated
 from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import OnnxpruneError, PostconditionError, PreconditionError, UsageError, argument
 from onnxprune.graph.probes import input_specs
@@ -365,6 +365,7 @@ class Context:
         labels: labels of the inputs, an array or its file; None without.
         known: outputs of the original that were computed so far.
         restriction: the original that this one was made of before the first pass; None where it is the user's model.
+        rotations: how ``analysis`` was made from the file of the original; empty: it is the file's.
     """
 
     analysis: Analysis
@@ -382,6 +383,7 @@ class Context:
     known: KnownOutputs = field(default_factory=KnownOutputs)
     restriction: Restriction | None = None
     model_config: ModelConfig | None = None
+    rotations: tuple[PlanRotation, ...] = ()
 
     @property
     def origin(self) -> Analysis:
@@ -463,6 +465,16 @@ class Context:
         stages = Stages(progress, logged=False, is_trial=True)
         stages.left_out = self.stages.left_out
         return replace(self, calibration=calibration, stages=stages)
+
+    def with_original(self, analysis: Analysis, rotations: Sequence[PlanRotation] = ()) -> Context:
+        """Return the context with a model that computes the same in place of the original.
+
+        Args:
+            analysis: analysis of the model.
+            rotations: how it was made.
+        """
+        source = assemble(analysis.loaded.proto, analysis.loaded.weights)
+        return replace(self, analysis=analysis, source=source, rotations=tuple(rotations))
 
     def stage(self, name: str) -> Any:
         """Time what runs inside, as a stage of that name."""
@@ -607,11 +619,16 @@ class PassResult:
         model: the model for the next pass.
         facts: facts of the pass, see :data:`onnxprune.report.facts.Fact`.
         changed: whether ``model`` differs from the input of the pass.
+        original: analysis of a model that computes the same as the original and takes its place for later passes;
+            None: the original stays.
+        rotations: what it was made by, for the plan.
     """
 
     model: Model
     facts: Sequence[Fact] = ()
     changed: bool = True
+    original: Analysis | None = None
+    rotations: tuple[PlanRotation, ...] = ()
 
 
 # -- passes ------------------------------------------------------------------------------------------------------------
@@ -774,6 +791,7 @@ _BUILT_IN: dict[str, Any] = {
     "recover": "onnxprune.passes.recover:Recover",
     "regularize": "onnxprune.passes.regularize:Regularize",
     "remove-dead": "onnxprune.passes.remove_dead:RemoveDead",
+    "rotate": "onnxprune.passes.rotate:Rotate",
     "sparsify": "onnxprune.passes.sparsify:Sparsify",
     "validate": "onnxprune.passes.validate:Validate",
     "vocabulary": "onnxprune.passes.vocabulary:Vocabulary",
@@ -905,13 +923,16 @@ class Pipeline:
         current = Model.of(context.analysis)
         for stage in self.passes:
             _require(stage, context, current, of_context=True)
+        given = context
         for stage in self.passes:
             result = apply(stage, context, current)
             current = result.model
             facts += result.facts
+            if result.original is not None:
+                context = context.with_original(result.original, result.rotations)
         for restriction in restricting:
             current = restriction.finish(context, current)
-        return Result(context, current, facts)
+        return Result(replace(given, rotations=context.rotations), current, facts)
 
 
 def apply(stage: Pass, context: Context, model: Model) -> PassResult:
@@ -999,6 +1020,10 @@ class Result:
         if context.restriction is not None:
             digest = final.plan.model_sha256 or original.loaded.sha256
             self.plan = replace(final.plan, vocabulary=context.restriction.vocabulary, model_sha256=digest)
+        if context.rotations:
+            digest = original.loaded.sha256
+            self.plan = replace(self.plan, rotations=list(context.rotations), model_sha256=digest)
+            self.facts = (*self.facts, *rotated(self.plan))
         self.model_config: dict[str, Any] | None = None
         if context.model_config is not None:
             self.model_config, notes = self._configured(context.model_config)

@@ -805,6 +805,7 @@ CONDITIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "data or times": lambda v: (
         v.get("data") is not None or v.get("recover") == "datafree" or _kinds(v, "latency") or "targets" in v
     ),
+    "data to rotate by": lambda v: v.get("data") is not None or v.get("rotate") != "yes",
     "depth": lambda v: v.get("depth") is not None,
     "vocabulary": lambda v: v.get("vocabulary") is not None,
     "budget": has_budget,
@@ -1015,6 +1016,20 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_PLAN,
         needs=Need("data", "chooses by what the outputs lose, and there is no data", f"Give {argument('data')}."),
         brief="Residual branches to remove: a number or a share.",
+    ),
+    Setting(
+        "rotate",
+        Word("auto", "yes", "no"),
+        "Turn residual streams to the principal directions of the data first, so that pruned channels carry least; "
+        "auto: where a trial at the same work is more faithful with it.",
+        {"prune": WHAT},
+        "auto",
+        conflicts=_PLAN,
+        needs=Need(
+            "data to rotate by",
+            "turns streams to the directions of data, and there is none",
+            f"Give {argument('data')}.",
+        ),
     ),
     Setting(
         "keep_cache",

@@ -208,6 +208,12 @@ MEANINGS = {
         "name": "input or output of the model",
         "before, after": "its shape; open sizes by their names",
     },
+    "RotatedStream": {
+        "name": "its first tensor",
+        "channels_before": "channels of the stream",
+        "channels_after": "turned channels that are left",
+        "energy": "share of the second moments of the data in these, 0 to 1",
+    },
     "BranchFacts": {
         "name": "tensor that the branch ends in",
         "sum": "node that adds it",
@@ -429,6 +435,7 @@ CLASSES += [
     facts.Finetuning,
     facts.BranchFacts,
     facts.ResizedTensor,
+    facts.RotatedStream,
     facts.DeadChannels,
     facts.Regularized,
     facts.FactorizedLayer,

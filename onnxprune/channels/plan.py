@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onnxprune.errors import UsageError, argument
 from onnxprune.io import files
+from onnxprune.report.facts import Rotated, RotatedStream
 
 VERSION = 1
 
@@ -75,6 +81,35 @@ class PlanVocabulary:
     keep_ids: bool = False
 
 
+@dataclass(slots=True)
+class PlanRotation:
+    """A stream of channels that is turned before anything is removed; slots then count its turned channels.
+
+    ``tensor``: the first tensor of the stream; ``energy`` [channels]: share of each turned channel in the second
+    moments of the data; ``matrix``: the orthogonal matrix [channels, channels], row-major float32, compressed, base64.
+    """
+
+    tensor: str
+    size: int
+    energy: list[float] = field(default_factory=list)
+    matrix: str = ""
+
+    @classmethod
+    def of(cls, tensor: str, matrix: NDArray[Any], energy: NDArray[Any]) -> PlanRotation:
+        """Pack a matrix."""
+        stored = np.ascontiguousarray(matrix, "<f4").tobytes()
+        text = base64.b64encode(zlib.compress(stored)).decode("ascii")
+        return cls(tensor, len(matrix), [float(f"{share:.4g}") for share in energy], text)
+
+    def values(self) -> NDArray[np.float32]:
+        """Return the matrix; of another shape than [size, size] where the text is damaged."""
+        try:
+            values = np.frombuffer(zlib.decompress(base64.b64decode(self.matrix, validate=True)), "<f4")
+        except (ValueError, zlib.error):
+            return np.zeros((0, 0), np.float32)
+        return values.reshape(self.size, self.size) if values.size == self.size**2 else values
+
+
 @dataclass(slots=True, repr=False)
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file.
@@ -91,6 +126,7 @@ class Plan:
     branches: list[PlanBranch] = field(default_factory=list)
     resize_io: list[str] = field(default_factory=list)
     vocabulary: PlanVocabulary | None = None
+    rotations: list[PlanRotation] = field(default_factory=list)
 
     def __repr__(self) -> str:
         units = sum(len(group.removed or ()) for group in self.groups)
@@ -106,10 +142,10 @@ class Plan:
         for branch in data["branches"]:
             if not branch["keep_cache"]:
                 del branch["keep_cache"]
-        for name in ("branches", "resize_io", "factorized", "vocabulary"):
+        for name in ("rotations", "branches", "resize_io", "factorized", "vocabulary"):
             if not data[name]:
                 del data[name]
-        first = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "branches", "groups")
+        first = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "rotations", "branches", "groups")
         names = (*first, "barriers", "factorized")
         return {k: data[k] for k in names if k in data}
 
@@ -164,11 +200,13 @@ def _lines(data: Mapping[str, Any]) -> str:
     for group in data["groups"]:
         slots = block(["  " + json.dumps(slot) for slot in group["slots"]], "]")
         groups.append(f"{json.dumps({**group, 'slots': None})[: -len('null}')]}{slots}}}")
-    parts = {**data, "branches": None, "groups": None, "barriers": None, "factorized": None}
+    parts = {**data, "rotations": None, "branches": None, "groups": None, "barriers": None, "factorized": None}
     text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items() if v is not None)
     barriers = block([json.dumps(barrier) for barrier in data["barriers"]], "\n ]")
     factors = [json.dumps(item) for item in data.get("factorized", ())]
     tail = f',\n "factorized": {block(factors, chr(10) + " ]")}' if factors else ""
+    rotations = block([json.dumps(item) for item in data.get("rotations", ())], "\n ]")
+    text += f',\n "rotations": {rotations}' if data.get("rotations") else ""
     branches = block([json.dumps(item) for item in data.get("branches", ())], "\n ]")
     text += f',\n "branches": {branches}' if data.get("branches") else ""
     return f'{{{text},\n "groups": {block(groups, chr(10) + " ]")},\n "barriers": {barriers}{tail}}}\n'
@@ -185,3 +223,16 @@ def map_text(entry: PlanVocabulary) -> str:
         "old_id": entry.kept,
     }
     return json.dumps(data) + "\n"
+
+
+def rotated(plan: Plan) -> list[Rotated]:
+    """Return what the streams that a plan turns keep of their energy, as a fact; none where it turns none."""
+    if not plan.rotations:
+        return []
+    removed = {slot.tensor: slot.removed for group in plan.groups for slot in group.slots}
+    streams = []
+    for item in plan.rotations:
+        lost = set(removed.get(item.tensor, ()))
+        share = sum(e for k, e in enumerate(item.energy) if k not in lost) / (sum(item.energy) or 1.0)
+        streams.append(RotatedStream(item.tensor, item.size, item.size - len(lost), share))
+    return [Rotated(streams)]

@@ -14,6 +14,7 @@ from onnxprune.passes.quantize import Quantize
 from onnxprune.passes.recover import Recover
 from onnxprune.passes.regularize import Regularize
 from onnxprune.passes.remove_dead import RemoveDead
+from onnxprune.passes.rotate import Rotate
 from onnxprune.passes.sparsify import Sparsify
 from onnxprune.passes.validate import Validate
 from onnxprune.passes.vocabulary import Vocabulary
@@ -55,6 +56,7 @@ __all__ = [
     "RemoveDead",
     "Requirement",
     "Result",
+    "Rotate",
     "RunSettings",
     "Sparsify",
     "StoreZeros",

@@ -26,7 +26,7 @@ from onnxprune.channels.groups import Group
 from onnxprune.graph.canonical import join_copies, weight_of
 from onnxprune.graph.restore import restore
 from onnxprune.graph.view import Node
-from onnxprune.io.constants import add_constant, set_constant
+from onnxprune.io.constants import add_constant, placeholder, set_constant
 from onnxprune.io.elements import Array
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.registry import Move, rule_of
@@ -37,8 +37,15 @@ MICROSOFT = "com.microsoft"
 _CONTRACTIONS = {"MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", "Attention"}
 _ROOT_MEAN_SQUARES = {"RMSNormalization": 2, "SimplifiedLayerNormalization": 2, "SkipSimplifiedLayerNormalization": 3}
 _LAYER_NORMS = {"LayerNormalization": 1, "SkipLayerNormalization": 2}
-_SUMS = {"Add", "Sub", "Sum", "Neg", "Where"}
 _MEANS = {"ReduceMean", "ReduceSum", "GlobalAveragePool"}
+_HANDLERS = {
+    "LpNormalization": "_divide_by_norm",
+    "BatchNormalization": "_batch_norm",
+    "ConstantOfShape": "_fill",
+    **dict.fromkeys(("Mul", "Div"), "_scale"),
+    **dict.fromkeys(("Add", "Sub", "Sum", "Neg", "Where"), "_add"),
+    **dict.fromkeys((*_MEANS, "ReduceL2", "ReduceSumSquare"), "_reduce"),
+}
 _RMS_SINCE = 23
 
 
@@ -206,6 +213,9 @@ class _Walk:
         hidden = {n for n in places if n in graph.inner or n in graph.captured}
         if hidden:
             raise CannotTurn(f"{min(hidden)!r} lies in the body of a control-flow node")
+        outside = next((n for n in (*graph.inputs, *graph.outputs) if n in places), "")
+        if outside:
+            raise CannotTurn(f"{outside!r} is an input or output of the model")
         for node in graph.steps:
             if all(not n or n in self._constant for n in node.inputs) and node.inputs:
                 self._constant.update(o for o in node.outputs if o)
@@ -236,7 +246,9 @@ class _Walk:
             assert scale is not None
             alike = all(a == axis and s is not None and np.array_equal(s, scale) for a, s in requests)
             if not alike or self._num_uses(name) != len(requests):
-                raise CannotTurn(f"the weight {name!r} is shared with what no scale stands in front of, as tied tables are")
+                raise CannotTurn(
+                    f"the weight {name!r} is shared with what no scale stands in front of, as tied tables are"
+                )
             stream.scales[name] = axis, scale
 
     def _num_uses(self, name: str) -> int:
@@ -252,34 +264,39 @@ class _Walk:
             return
         if any(n in self._means for n in node.inputs) and not (node.op == "Sub" and self._subtracts_mean(node)):
             raise CannotTurn(f"{node.label!r} reads the mean over its channels")
-        if any(n in self._squares for n in node.inputs):
-            self._read_squares(node)
-        elif node.op in _CONTRACTIONS and (not node.domain or node.domain == MICROSOFT):
-            self._contract(node)
-        elif node.op in _LAYER_NORMS or node.op in _ROOT_MEAN_SQUARES:
-            self._normalise(node)
-        elif node.op == "LpNormalization" and node.attrs.get("p", 2) == 2:
-            self._pass(node, self._plain(node, 0))
-            self._take(node, (node.inputs[0],), "", int(node.attrs.get("axis", -1)))
-        elif node.op == "BatchNormalization":
-            self._batch_norm(node)
-        elif _is_square(self._analysis, node):
-            self._square(node)
-        elif node.op in ("Mul", "Div") and not node.domain:
-            self._scale(node)
-        elif node.op in _SUMS and not node.domain:
-            self._add(node)
-        elif node.op in (*_MEANS, "ReduceL2", "ReduceSumSquare") and not node.domain:
-            self._reduce(node)
-        elif node.op == "ConstantOfShape" and not np.any(np.asarray(node.attrs.get("value", 0.0))):
-            self._pass(node, Frame())
-        elif rule_of(node).moves is not None:
-            self._move(node)
-        else:
+        handle = self._handler(node)
+        if handle is None:
             raise CannotTurn(f"{node.op} {node.label!r} works on its channels one by one")
+        handle(node)
         for name in node.outputs:
             if name in places and name not in self._frames and name not in self._squares:
                 raise CannotTurn(f"{node.op} {node.label!r} works on its channels one by one")
+
+    def _handler(self, node: Node) -> Callable[[Node], None] | None:
+        """Return what looks at a node; None for an operator that is not linear."""
+        if any(n in self._squares for n in node.inputs):
+            return self._read_squares
+        if node.domain in ("", MICROSOFT) and node.op in _CONTRACTIONS:
+            return self._contract
+        if node.op in _LAYER_NORMS or node.op in _ROOT_MEAN_SQUARES:
+            return self._normalise
+        if not node.domain and _is_square(self._analysis, node):
+            return self._square
+        if not node.domain and node.op in _HANDLERS:
+            handle: Callable[[Node], None] = getattr(self, _HANDLERS[node.op])
+            return handle
+        return self._move if rule_of(node).moves is not None else None
+
+    def _divide_by_norm(self, node: Node) -> None:
+        if node.attrs.get("p", 2) != 2:
+            raise CannotTurn(f"{node.label!r} divides by another norm than the square root of the sum of squares")
+        self._pass(node, self._plain(node, 0))
+        self._take(node, (node.inputs[0],), "", int(node.attrs.get("axis", -1)))
+
+    def _fill(self, node: Node) -> None:
+        if np.any(np.asarray(node.attrs.get("value", 0.0))):
+            raise CannotTurn(f"{node.label!r} gives all channels the same number")
+        self._pass(node, Frame())
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -532,7 +549,9 @@ class _Walk:
             frames = [self._frame(node.inputs[i]) for i in inputs]
             self._pass(node, Frame(is_centred=all(f.is_centred for f in frames)))
             return
-        shift = self._vector(node.inputs[1 - framed[0]]) if len(inputs) == 2 and len(framed) == 1 and not first else None
+        shift = (
+            self._vector(node.inputs[1 - framed[0]]) if len(inputs) == 2 and len(framed) == 1 and not first else None
+        )
         if shift is None or node.op not in ("Add", "Sub") or (node.op == "Sub" and framed[0] == 1):
             source = self._frame(node.inputs[framed[0]]).source
             raise CannotTurn(
@@ -639,7 +658,8 @@ class _Turning:
         return self._values[name]
 
     def _node(self, node: Node) -> onnx.NodeProto:
-        return self._proto.graph.node[node.index]
+        proto: onnx.NodeProto = self._proto.graph.node[node.index]
+        return proto
 
     def _name(self, stem: str) -> str:
         name, number = stem, 1
@@ -741,7 +761,10 @@ class _Turning:
             made = helper.make_node("RMSNormalization", [x, ones], [y], node.name, axis=-1, epsilon=epsilon)
             return [made]
         square, mean, total, root, quotient = (self._name(f"{y}_{k}") for k in ("square", "mean", "sum", "root", "rms"))
-        two, small = self._constant(f"{y}_two", np.asarray(2, kind)), self._constant(f"{y}_epsilon", np.asarray(epsilon, kind))
+        two, small = (
+            self._constant(f"{y}_two", np.asarray(2, kind)),
+            self._constant(f"{y}_epsilon", np.asarray(epsilon, kind)),
+        )
         operands: list[str] = [square]
         attributes: dict[str, Any] = {"keepdims": 1}
         if self._graph.opsets.get("", 1) >= 18:
@@ -794,7 +817,7 @@ class _Turning:
         dims = {t.name: t for t in self._proto.graph.initializer}
         for name in self._values.keys() & dims.keys():
             if dims[name].raw_data or len(dims[name].float_data):
-                dims[name].CopyFrom(_placeholder(self._weights[name]))
+                dims[name].CopyFrom(placeholder(self._weights[name]))
         for name, value in self._new.items():
             add_constant(self._proto, self._weights, name, value)
         self._drop_dead()
@@ -820,12 +843,6 @@ class _Turning:
         _remove(graph.input, unread)
         for name in unread:
             self._weights.pop(name, None)
-
-
-def _placeholder(weight: Weight) -> onnx.TensorProto:
-    from onnxprune.io.constants import placeholder
-
-    return placeholder(weight)
 
 
 def _remove(items: Any, names: Iterable[str]) -> None:

@@ -57,6 +57,20 @@ class Totals:
 
 
 @dataclass(slots=True)
+class RotatedStream:
+    """A stream that was turned to the principal directions of the data, and the share of its energy that is left.
+
+    ``name``: its first tensor; ``energy``: share of the second moments of the data, 0 to 1, in the directions that
+    were not pruned.
+    """
+
+    name: str
+    channels_before: int
+    channels_after: int
+    energy: float
+
+
+@dataclass(slots=True)
 class BranchFacts:
     """A residual branch: the tensor that it ends in, and the node that adds it.
 
@@ -705,6 +719,8 @@ class Report:
     """Inputs and outputs of the model that lost channels; empty where all keep their sizes."""
     vocabulary: VocabularyFacts | None = None
     """The tokens that are left; null where none were removed."""
+    rotations: list[RotatedStream] = field(default_factory=list)
+    """Streams that were turned before pruning, see ``--rotate``; empty where none was."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     barriers: list[dict[str, Any]] = field(default_factory=list)
     factorized: list[FactorizedLayer] = field(default_factory=list)
@@ -881,6 +897,13 @@ class Shortened:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotated:
+    """Streams that were turned to their principal directions, and what is left of them."""
+
+    streams: list[RotatedStream]
+
+
+@dataclass(frozen=True, slots=True)
 class Factorization:
     """Every layer that a factorization looked at, and whether new layers compute the product of their weights."""
 
@@ -991,6 +1014,7 @@ Fact = (
     | Sizes
     | Pruned
     | Shortened
+    | Rotated
     | Factorization
     | Sparsification
     | ZerosFacts
@@ -1040,6 +1064,8 @@ def _add(report: Report, fact: Fact) -> None:
             report.layers, report.groups, report.barriers, report.resized = layers, groups, barriers, resized
         case Shortened(branches):
             report.branches = branches
+        case Rotated(streams):
+            report.rotations = streams
         case Factorization(layers=factorized, product=product):
             report.factorized, report.product = factorized, product
         case Sparsification(layers=sparsified):

@@ -33,6 +33,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
     lines += tables.vocabulary_line(report.vocabulary)
     lines += [
+        *tables.rotated(report.rotations),
         *tables.branches_line(report.branches),
         *tables.resized_line(report.resized),
         *unpruned(report),

@@ -33,6 +33,7 @@ from onnxprune.report.facts import (
     Repair,
     Report,
     ResizedTensor,
+    RotatedStream,
     TargetFacts,
     Verdict,
     VocabularyFacts,
@@ -328,6 +329,19 @@ def summary(report: Report) -> Text | None:
     if facts.undone:
         return Text.assemble(("recovered ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")
     return Text.assemble(("recovered ", "bold"), f"{how}: {_change(facts)}")
+
+
+def rotated(facts: Sequence[RotatedStream]) -> list[Text]:
+    """Return one line on streams that were turned: their channels, and the share of the energy that is left."""
+    if not facts:
+        return []
+    streams = [
+        f"{stream.name} {stream.channels_before} to {stream.channels_after} channels with {stream.energy:.2%} of the "
+        "energy"
+        for stream in facts[:3]
+    ]
+    more = f" and {len(facts) - 3} more" if len(facts) > 3 else ""
+    return [Text.assemble(("rotated   ", "bold"), "; ".join(streams), more)]
 
 
 def branches_line(facts: Sequence[BranchFacts]) -> list[Text]:

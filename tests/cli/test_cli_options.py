@@ -160,6 +160,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "labels": None,
         "pattern_lock": None,
         "depth": None,
+        "rotate": "auto",
         "keep_cache": False,
         "resize_io": ("past*", "present*"),
         "cache_heads": True,
