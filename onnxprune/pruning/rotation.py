@@ -30,22 +30,11 @@ from onnxprune.io.constants import add_constant, placeholder, set_constant
 from onnxprune.io.elements import Array
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.registry import Move, rule_of
+from onnxprune.operators.turning import Treatment, Turning, is_square, reduced_axes, turning_of
 
 Model = tuple[onnx.ModelProto, dict[str, Weight]]
 Vector = NDArray[np.float64]
 MICROSOFT = "com.microsoft"
-_CONTRACTIONS = {"MatMul", "Gemm", "Conv", "Einsum", "FusedMatMul", "Attention"}
-_ROOT_MEAN_SQUARES = {"RMSNormalization": 2, "SimplifiedLayerNormalization": 2, "SkipSimplifiedLayerNormalization": 3}
-_LAYER_NORMS = {"LayerNormalization": 1, "SkipLayerNormalization": 2}
-_MEANS = {"ReduceMean", "ReduceSum", "GlobalAveragePool"}
-_HANDLERS = {
-    "LpNormalization": "_divide_by_norm",
-    "BatchNormalization": "_batch_norm",
-    "ConstantOfShape": "_fill",
-    **dict.fromkeys(("Mul", "Div"), "_scale"),
-    **dict.fromkeys(("Add", "Sub", "Sum", "Neg", "Where"), "_add"),
-    **dict.fromkeys((*_MEANS, "ReduceL2", "ReduceSumSquare"), "_reduce"),
-}
 _RMS_SINCE = 23
 
 
@@ -167,19 +156,20 @@ def _places(analysis: Analysis) -> tuple[dict[int, dict[str, tuple[int, ...]]], 
 
 def _normalised(analysis: Analysis) -> set[str]:
     """Return the tensors that nodes normalise, or whose squares they sum, and the data of BatchNormalization."""
-    kinds = {*_ROOT_MEAN_SQUARES, *_LAYER_NORMS, "LpNormalization", "ReduceL2", "ReduceSumSquare", "BatchNormalization"}
-    names = {name for n in analysis.graph.steps if n.op in kinds for name in n.inputs[:2] if name}
+    treatments = {Treatment.ROOT_MEAN_SQUARE, Treatment.LAYER_NORM, Treatment.UNIT, Treatment.NORM}
+    treatments.add(Treatment.SCALE_AND_SHIFT)
+    turnings = [(n, turning_of(n)) for n in analysis.graph.steps]
+    names = {name for n, t in turnings if t and t.treatment in treatments for name in n.inputs[: t.addends] if name}
     return names | {n.inputs[0] for n in analysis.graph.steps if _is_square(analysis, n)}
 
 
 def _is_square(analysis: Analysis, node: Node) -> bool:
     """Return whether a node squares its first input."""
-    if node.domain or node.op not in ("Mul", "Pow"):
-        return False
-    if node.op == "Mul":
-        return node.inputs[0] == node.inputs[1]
-    exponent = analysis.graph.weights.get(node.inputs[1])
-    return exponent is not None and bool((np.asarray(exponent.read(), np.float64) == 2).all())
+    return is_square(node, lambda i: _read(analysis.graph.weights.get(node.inputs[i])))
+
+
+def _read(weight: Weight | None) -> Array | None:
+    return None if weight is None else weight.read()
 
 
 # -- is a group a stream -----------------------------------------------------------------------------------------------
@@ -262,7 +252,7 @@ class _Walk:
         places = self._stream.places
         if rule_of(node).reads_sizes:
             return
-        if any(n in self._means for n in node.inputs) and not (node.op == "Sub" and self._subtracts_mean(node)):
+        if any(n in self._means for n in node.inputs) and not self._subtracts_mean(node):
             raise CannotTurn(f"{node.label!r} reads the mean over its channels")
         handle = self._handler(node)
         if handle is None:
@@ -276,16 +266,27 @@ class _Walk:
         """Return what looks at a node; None for an operator that is not linear."""
         if any(n in self._squares for n in node.inputs):
             return self._read_squares
-        if node.domain in ("", MICROSOFT) and node.op in _CONTRACTIONS:
-            return self._contract
-        if node.op in _LAYER_NORMS or node.op in _ROOT_MEAN_SQUARES:
-            return self._normalise
-        if not node.domain and _is_square(self._analysis, node):
+        if _is_square(self._analysis, node):
             return self._square
-        if not node.domain and node.op in _HANDLERS:
-            handle: Callable[[Node], None] = getattr(self, _HANDLERS[node.op])
-            return handle
-        return self._move if rule_of(node).moves is not None else None
+        turning = turning_of(node)
+        if turning is None:
+            return self._move if rule_of(node).moves is not None else None
+        by: dict[Treatment, Callable[[Node], None]] = {
+            Treatment.CONTRACT: self._contract,
+            Treatment.ADD: self._add,
+            Treatment.CHOOSE: self._add,
+            Treatment.MULTIPLY: self._scale,
+            Treatment.DIVIDE: self._scale,
+            Treatment.MEAN: self._reduce,
+            Treatment.SUM: self._reduce,
+            Treatment.NORM: self._reduce,
+            Treatment.UNIT: self._divide_by_norm,
+            Treatment.ROOT_MEAN_SQUARE: self._normalise,
+            Treatment.LAYER_NORM: self._normalise,
+            Treatment.SCALE_AND_SHIFT: self._batch_norm,
+            Treatment.FILL: self._fill,
+        }
+        return by.get(turning.treatment)
 
     def _divide_by_norm(self, node: Node) -> None:
         if node.attrs.get("p", 2) != 2:
@@ -294,7 +295,7 @@ class _Walk:
         self._take(node, (node.inputs[0],), "", int(node.attrs.get("axis", -1)))
 
     def _fill(self, node: Node) -> None:
-        if np.any(np.asarray(node.attrs.get("value", 0.0))):
+        if any(n in self._stream.places for n in node.inputs) or np.any(np.asarray(node.attrs.get("value", 0.0))):
             raise CannotTurn(f"{node.label!r} gives all channels the same number")
         self._pass(node, Frame())
 
@@ -352,8 +353,6 @@ class _Walk:
     # -- operators -------------------------------------------------------------------------------------------------
 
     def _contract(self, node: Node) -> None:
-        if node.op == "Conv" and node.attrs.get("group", 1) != 1:
-            raise CannotTurn(f"the grouped convolution {node.label!r} works on its channels one by one")
         places = self._stream.places
         contracted = _contracted(node, [self._rank(n) if n else 0 for n in node.inputs])
         passed: list[Frame] = []
@@ -367,7 +366,9 @@ class _Walk:
                 self._read(node, i, contracted)
             else:
                 passed.append(self._plain(node, i))
-        if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2] not in places and node.outputs[0] in places:
+        bias = _turning(node).bias
+        bias_name = node.inputs[bias] if bias is not None and bias < len(node.inputs) else ""
+        if bias_name and bias_name not in places and node.outputs[0] in places:
             raise CannotTurn(f"{node.label!r} adds a number to all channels")
         self._pass(node, Frame(is_centred=bool(passed) and all(f.is_centred for f in passed)))
 
@@ -384,9 +385,8 @@ class _Walk:
         root, axis = self._root(node.inputs[other], next(iter(set(places[node.inputs[other]]) & contracted[other])))
         self._requests.setdefault(root, []).append((axis, frame.scale))
         if frame.shift is not None:
-            if node.op == "Einsum" or (node.op == "Conv" and any(node.attrs.get("pads", ()))):
-                raise CannotTurn(f"{node.label!r} has no bias that could take the shift of {frame.source!r} up")
-            if self._rank(node.inputs[other]) != 2 and node.op != "Conv":
+            is_matrix = self._rank(node.inputs[other]) == 2 or rule_of(node).slides
+            if not is_matrix or any(node.attrs.get("pads", ())) or "equation" in node.attrs:
                 raise CannotTurn(f"{node.label!r} has no bias that could take the shift of {frame.source!r} up")
             self._stream.shifts.append((node, other, frame.shift))
 
@@ -397,7 +397,7 @@ class _Walk:
             moves = rule_of(node).moves
             if moves is None or not moves.keeps_all:
                 raise CannotTurn(f"a weight is computed by {node.label!r}")
-            if moves is Move.ORDER and node.op == "Transpose":
+            if moves is Move.ORDER and set(node.attrs) <= {"perm"}:
                 rank = self._rank(name)
                 axis = int(node.attrs.get("perm", list(range(rank))[::-1])[axis])
             elif moves not in (Move.SAME, Move.CAST):
@@ -406,14 +406,14 @@ class _Walk:
         return name, axis
 
     def _normalise(self, node: Node) -> None:
-        skip = node.op.startswith("Skip")
-        count, graph = 2 if skip else 1, self._graph
+        turning, graph = _turning(node), self._graph
+        count, skip = turning.addends, turning.addends > 1
         places = self._stream.places
         if any(o and graph.consumers.get(o) for o in node.outputs[1:3]):
             raise CannotTurn(f"the statistics of {node.label!r} are read")
         frames = [self._plain(node, i) for i in range(count)]
         scale = self._vector(node.inputs[count])
-        is_layer_norm = node.op in _LAYER_NORMS
+        is_layer_norm = turning.treatment is Treatment.LAYER_NORM
         shift_name = node.inputs[count + 1] if is_layer_norm and len(node.inputs) > count + 1 else ""
         bias_at = count + 2 if is_layer_norm else count + 1
         bias = node.inputs[bias_at] if skip and len(node.inputs) > bias_at else ""
@@ -461,55 +461,49 @@ class _Walk:
             self._squares.update(node.outputs)
             return
         axes = self._axes(node)
-        if node.op not in _MEANS or axes is None or not set(self._stream.places[node.inputs[0]]) <= set(axes):
+        turning = turning_of(node)
+        sums = turning is not None and turning.treatment in (Treatment.MEAN, Treatment.SUM)
+        if not sums or axes is None or not set(self._stream.places[node.inputs[0]]) <= set(axes):
             raise CannotTurn(f"{node.op} {node.label!r} reads the squares of its channels one by one")
 
     def _axes(self, node: Node) -> list[int] | None:
         """Return the axes of a reduction; None where they are not known."""
-        rank = self._rank(node.inputs[0])
-        if node.op == "GlobalAveragePool":
-            return list(range(2, rank))
-        axes = node.attrs.get("axes")
-        if len(node.inputs) > 1 and node.inputs[1]:
-            weight = self._graph.weights.get(node.inputs[1])
-            if weight is None:
-                return None
-            axes = weight.read().ravel().tolist()
-        if not axes:
-            return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
-        return [int(a) % rank for a in axes]
+        weights = self._graph.weights
+        return reduced_axes(node, self._rank(node.inputs[0]), lambda i: _read(weights.get(node.inputs[i])))
 
     def _reduce(self, node: Node) -> None:
         axes, own = self._axes(node), self._stream.places.get(node.inputs[0], ())
         if axes is None or len(own) != 1:
             raise CannotTurn(f"the axes of {node.label!r} are not known")
-        frame = self._frame(node.inputs[0])
+        frame, treatment = self._frame(node.inputs[0]), _turning(node).treatment
         if own[0] in axes:
             self._plain(node, 0)
-            if node.op in ("ReduceL2", "ReduceSumSquare"):
+            if treatment is Treatment.NORM:
                 self._root_mean_squares += [] if frame.is_centred else [node.label]
                 self._take(node, (node.inputs[0],), "", own[0])
-            elif node.op in ("ReduceMean", "GlobalAveragePool") and axes == [own[0]]:
+            elif treatment is Treatment.MEAN and axes == [own[0]]:
                 self._means[node.outputs[0]] = node.inputs[0]
             else:
                 raise CannotTurn(f"{node.op} {node.label!r} sums its channels")
             return
-        if node.op in ("ReduceL2", "ReduceSumSquare"):
+        if treatment is Treatment.NORM:
             raise CannotTurn(f"{node.op} {node.label!r} works on its channels one by one")
-        if frame.shift is not None and node.op == "ReduceSum":
+        if frame.shift is not None and treatment is Treatment.SUM:
             raise CannotTurn(f"{node.label!r} sums positions with a shift")
         self._pass(node, frame)
 
     def _subtracts_mean(self, node: Node) -> bool:
         """Return whether a node subtracts a tensor's mean over channels from it."""
-        return self._means.get(node.inputs[1]) == node.inputs[0]
+        turning = turning_of(node)
+        is_difference = turning is not None and turning.treatment is Treatment.ADD and turning.sign < 0
+        return is_difference and self._means.get(node.inputs[1]) == node.inputs[0]
 
     def _scale(self, node: Node) -> None:
-        places = self._stream.places
+        places, divides = self._stream.places, _turning(node).treatment is Treatment.DIVIDE
         touched = [i for i, n in enumerate(node.inputs) if n in places]
         vectors = {i: v for i in touched if (v := self._vector(node.inputs[i])) is not None}
         data = [i for i in touched if i not in vectors]
-        if len(data) != 1 or node.inputs[data[0]] in self._constant or (node.op == "Div" and data[0] == 1):
+        if len(data) != 1 or node.inputs[data[0]] in self._constant or (divides and data[0] == 1):
             raise CannotTurn(f"{node.op} {node.label!r} works on its channels one by one")
         frame = self._frame(node.inputs[data[0]])
         if not vectors:  # one number for every position
@@ -518,12 +512,12 @@ class _Walk:
                 raise CannotTurn(f"{node.label!r} scales positions that are shifted")
             if frame.shift is not None:
                 factor = float(np.asarray(weight_of(self._graph, other), np.float64).ravel()[0])
-                frame = replace(frame, shift=frame.shift * (1 / factor if node.op == "Div" else factor))
+                frame = replace(frame, shift=frame.shift * (1 / factor if divides else factor))
             self._pass(node, frame)
             return
         (i, vector), *_ = vectors.items()
         self._keep(node.inputs[i])
-        vector = 1.0 / vector if node.op == "Div" else vector
+        vector = 1.0 / vector if divides else vector
         scaled = _scaled(frame, vector, None, node.label)
         if not scaled.is_plain:
             self._stream.ones.append((node, i))
@@ -534,13 +528,14 @@ class _Walk:
         return value is not None and value.size == 1 and bool(np.asarray(value, np.float64).ravel()[0])
 
     def _add(self, node: Node) -> None:
-        if node.op == "Sub" and self._subtracts_mean(node):
+        if self._subtracts_mean(node):
             self._plain(node, 0)
             self._stream.is_centred = True
             self._stream.dropped[node.outputs[0]] = node.inputs[0]
             self._frames[node.outputs[0]] = Frame(is_centred=True)
             return
-        places, first = self._stream.places, 1 if node.op == "Where" else 0
+        places, turning = self._stream.places, _turning(node)
+        first = 1 if turning.treatment is Treatment.CHOOSE else 0
         inputs = list(range(first, len(node.inputs)))
         if any(node.inputs[i] not in places for i in inputs) or (first and node.inputs[0] in places):
             raise CannotTurn(f"{node.op} {node.label!r} adds the same number to all channels")
@@ -552,7 +547,7 @@ class _Walk:
         shift = (
             self._vector(node.inputs[1 - framed[0]]) if len(inputs) == 2 and len(framed) == 1 and not first else None
         )
-        if shift is None or node.op not in ("Add", "Sub") or (node.op == "Sub" and framed[0] == 1):
+        if shift is None or (turning.sign < 0 and framed[0] == 1):
             source = self._frame(node.inputs[framed[0]]).source
             raise CannotTurn(
                 f"{node.label!r} adds to what {source!r} scales channel by channel: a normalisation behind the sum has "
@@ -560,7 +555,7 @@ class _Walk:
             )
         self._keep(node.inputs[1 - framed[0]])
         before = self._frame(node.inputs[framed[0]])
-        shift = shift if node.op == "Add" else -shift
+        shift = shift * turning.sign
         total = shift if before.shift is None else before.shift + shift
         self._frames[node.outputs[0]] = replace(before, shift=total)
         self._stream.dropped[node.outputs[0]] = node.inputs[framed[0]]
@@ -570,7 +565,7 @@ class _Walk:
         data = [n for n in (node.inputs if moves is Move.JOIN else node.inputs[:1]) if n]
         if any(n not in places for n in data) or not any(o in places for o in node.outputs):
             raise CannotTurn(f"{node.op} {node.label!r} joins its channels with others, or takes some of them")
-        if node.op == "Pad" or any(n in places for n in node.inputs if n not in data):
+        if any(n in places for n in node.inputs if n not in data):
             raise CannotTurn(f"{node.op} {node.label!r} adds the same number to all channels")
         frames = [self._frame(n) for n in data]
         if any(f is not frames[0] and not (f.is_plain and frames[0].is_plain) for f in frames):
@@ -591,26 +586,20 @@ def _scaled(frame: Frame, scale: Vector, shift: Vector | None, label: str) -> Fr
 
 def _contracted(node: Node, ranks: Sequence[int]) -> list[set[int]]:
     """Return the axes that a contraction sums over, by input."""
-    attrs, none = node.attrs, [set[int]() for _ in ranks]
-    if node.op in ("MatMul", "FusedMatMul"):
-        if any(attrs.get(f"transBatch{side}", 0) for side in "AB"):
-            raise CannotTurn(f"{node.label!r} has a form that is not supported")
-        flipped = [bool(attrs.get(name, 0)) for name in ("transA", "transB")]
-        left = ranks[0] - (2 if flipped[0] and ranks[0] > 1 else 1)
-        right = ranks[1] - (1 if flipped[1] or ranks[1] == 1 else 2)
-        return [{left}, {right}]
-    if node.op == "Gemm":
-        return [{0 if attrs.get("transA", 0) else 1}, {1 if attrs.get("transB", 0) else 0}, *none[2:]]
-    if node.op == "Conv":
-        return [{1}, {1}, *none[2:]]
-    if node.op == "Einsum":
-        terms, _, result = str(attrs["equation"]).replace(" ", "").partition("->")
-        if "." in terms or not result:
-            raise CannotTurn(f"{node.label!r} has a form that is not supported")
-        return [{a for a, c in enumerate(term) if c not in result} for term in terms.split(",")]
-    if node.domain != MICROSOFT:  # the operator without projections of its own
-        raise CannotTurn(f"{node.op} {node.label!r} works on its channels one by one")
-    return [{2}, {0}, *none[2:]]
+    summed = _turning(node).summed
+    axes = None if summed is None else summed(node, ranks)
+    if axes is None:
+        raise CannotTurn(
+            f"{node.op} {node.label!r} works on parts of its channels, or has a form that is not supported"
+        )
+    return axes
+
+
+def _turning(node: Node) -> Turning:
+    """Return how a node treats turned channels, which is known."""
+    turning = turning_of(node)
+    assert turning is not None
+    return turning
 
 
 # -- the model with turned streams -------------------------------------------------------------------------------------
@@ -695,23 +684,22 @@ class _Turning:
         """Add what a layer makes of a constant to its bias."""
         weight = np.asarray(weight_of(self._graph, node.inputs[position]), np.float64)
         kind = self._type(node.inputs[position])
-        if node.op == "Conv":
+        if rule_of(node).slides:
             delta = weight.sum(axis=tuple(range(2, weight.ndim))) @ shift
         else:
-            contracted = next(iter(_contracted(node, [2 if n else 0 for n in node.inputs])[position]))
-            if node.op in ("MatMul", "FusedMatMul"):
-                contracted = _contracted(node, [self._rank(n) for n in node.inputs])[position].pop()
-            delta = np.tensordot(shift, weight, (0, contracted)) * float(node.attrs.get("alpha", 1.0))
-        if node.op in ("Gemm", "Conv", "Attention"):
-            at = 2
-            if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2]:
-                delta = delta / float(node.attrs.get("beta", 1.0) or 1.0)
-            self._connect_bias(node, at, delta, kind)
+            (axis,) = _contracted(node, [self._rank(n) if n else 0 for n in node.inputs])[position]
+            delta = np.tensordot(shift, weight, (0, axis)) * float(node.attrs.get("alpha", 1.0))
+        bias = _turning(node).bias
+        if bias is not None:
+            has_bias = len(node.inputs) > bias and node.inputs[bias]
+            delta = delta / float(node.attrs.get("beta", 1.0) or 1.0) if has_bias else delta
+            self._connect_bias(node, bias, delta, kind)
             return
         readers = self._graph.consumers.get(node.outputs[0], ())
-        if len(readers) == 1 and readers[0][0].op == "Add" and not readers[0][0].domain:
+        turning = turning_of(readers[0][0]) if len(readers) == 1 else None
+        if turning is not None and turning.treatment is Treatment.ADD and turning.sign > 0:
             adder, at = readers[0]
-            other = adder.inputs[1 - at] if len(adder.inputs) > 1 else ""
+            other = adder.inputs[1 - at] if len(adder.inputs) == 2 else ""
             value = self._graph.weights.get(other)
             if value is not None and value.shape == delta.shape:
                 self._connect_bias(adder, 1 - at, delta, kind)
@@ -748,10 +736,10 @@ class _Turning:
 
     def _root_mean_square(self, node: Node, size: int) -> list[onnx.NodeProto]:
         """Return nodes that divide by the root mean square, in place of a LayerNormalization of a centred tensor."""
-        kind = self._type(node.inputs[2 if node.op.startswith("Skip") else 1])
+        kind = self._type(node.inputs[2 if _turning(node).addends > 1 else 1])
         ones = self._constant(f"{node.outputs[0]}_ones", np.ones(size, kind))
-        epsilon = float(node.attrs.get("epsilon", 1e-12 if node.op.startswith("Skip") else 1e-5))
-        if node.op.startswith("Skip"):
+        epsilon = float(node.attrs.get("epsilon", 1e-12 if _turning(node).addends > 1 else 1e-5))
+        if _turning(node).addends > 1:
             inputs = [*node.inputs[:2], ones, *[n for n in node.inputs[4:5] if n]]
             kind_of = "SkipSimplifiedLayerNormalization"
             made = helper.make_node(kind_of, inputs, list(node.outputs), node.name, domain=MICROSOFT, epsilon=epsilon)
