@@ -545,7 +545,17 @@ def recover(
     tuned = _finetuning(finetune, labels)
     locks = _locking(pattern_lock, recover, tuned)
     rotations = [Rotate(plan=take.plan)] if take.plan.rotations else []
-    stages = [*rotations, take, Flush(), *locks, Recover(recover), *tuned, *_quantizing(quantize), check, *_measures(metric)]
+    stages = [
+        *rotations,
+        take,
+        Flush(),
+        *locks,
+        Recover(recover),
+        *tuned,
+        *_quantizing(quantize),
+        check,
+        *_measures(metric),
+    ]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result
