@@ -4,10 +4,10 @@ python tools/bench_finetune.py TRAINED                              the table of
 python tools/bench_finetune.py TRAINED --case cifar10_resnet20:0.5:2560 --effort 600 --seeds 0,1,2
 
 TRAINED holds models/*.onnx and evaluate.py, see tools/bench/labelled.py; inputs to train on are those that
-``evaluate.py --record`` gives, never the ones measured on, and have no labels. Channels are chosen by ziplm among all
-groups per MAC, and recovered in closed form; every seed trains the same pruned model. Everything goes into --out:
-points.jsonl (points that are there are not measured again: delete it after a change of the package), pruned models and
-calibration data. The metrics are looked at for the table alone: training sees its hold-out.
+``evaluate.py --record`` gives, never the ones measured on, and have no labels. Channels are chosen by a budget of MACs,
+in any number (``--round-to 1``), and recovered in closed form; every seed trains the same pruned model. Everything goes
+into --out: points.jsonl (points that are there are not measured again: delete it after a change of the package), pruned
+models and calibration data. The metrics are looked at for the table alone: training sees its hold-out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import files
-from bench.criteria_points import OFF, Combination, choosing, nearest_cut
 from bench.labelled import evaluate, limit, recorded
 from bench.recover_tables import figure
 from bench.workers import each
@@ -40,7 +39,6 @@ CASES = (
     "kwt1_keyword_transformer:0.5:100000",
     "yolox_nano:0.8:100000",
 )
-CHOICE = Combination("ziplm", "global", "none", "macs")
 
 
 class Job(NamedTuple):
@@ -85,17 +83,9 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def _prune(job: Job, given: dict[str, Any], small: Path, plan: Path) -> None:
-    from onnxprune.channels.selection import make_plan
-    from onnxprune.passes import Context, Pipeline, Prune, Recover
-    from onnxprune.pipeline import RunSettings
+    import onnxprune as op
 
-    context = Context.of(job.path, RunSettings(**given))
-    cut, kept_by = choosing(context, CHOICE)
-    _, kept, mask = nearest_cut(cut, kept_by, job.share)
-    if abs(kept - job.share) > OFF:
-        raise ValueError(f"nearest share of the MACs: {kept:.3f}")
-    chosen = make_plan(context.analysis, mask, CHOICE.criterion)
-    result = Pipeline([Prune(plan=chosen), Recover("full")]).run(job.path, **given)
+    result = op.prune(job.path, target={"macs": job.share}, round_to=1, finetune="none", latency=False, **given)
     result.save(small)
     result.plan.save(plan)
 
