@@ -22,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.labelled import UNLABELLED, evaluate, recorded
+from bench.labelled import UNLABELLED, evaluate, leading_size, recorded
 
 
 class Row(NamedTuple):
@@ -74,7 +74,7 @@ def run_row(given: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]
     """Prune, time and evaluate one model."""
     home: Path = given.folder.resolve()
     model, small = home / "models" / f"{row.name}.onnx", folder / "small.onnx"
-    data = recorded(home, row.name, given.data or [folder], given.samples)
+    data = recorded(home, row.name, given.data or [folder], given.samples * leading_size(model))
     options = ["--target", row.target, *shlex.split(given.options)]
     command = [sys.executable, "-m", "onnxprune", "prune", str(model), "-o", str(small), "--json", *options]
     if data is not None:

@@ -186,6 +186,8 @@ class _Check:
         comparison, feeds = pair.compared([feed]), [feed]
         if not comparison.facts.passed and _rounds(masked):
             return self._in_floats(probe, masked, feed)
+        if comparison.uncertain and set(comparison.uncertain) == set(comparison.failed):
+            return self._inside(probe, masked, [feed], comparison)
         if comparison.facts.passed and comparison.idle:
             with pair.lend_reference() as reference:
                 feeds += compare.find_varying_feeds(
@@ -235,19 +237,24 @@ class _Check:
         return worst
 
     def _inside(self, probe: Probe, masked: Model, feeds: Sequence[Feed], comparison: compare.Comparison) -> Exactness:
-        """Compare tensors in front of the outputs that never vary; returns the given facts where there are none."""
+        """Compare tensors in front of the outputs that decide nothing; return the given facts where there are none.
+
+        These are outputs that never vary, and those that differ by no more than their own rounding.
+        """
+        undecided = [*comparison.uncertain, *comparison.idle]
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
-        names = witnesses.upstream(comparison.idle)
+        names = witnesses.upstream(undecided)
         if names:
             with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
-                names = witnesses.last(comparison.idle, compare.varying_outputs(path, feeds) & set(names))
+                names = witnesses.last(undecided, compare.varying_outputs(path, feeds) & set(names))
         if not names:
-            return comparison.noted()
-        reference, shrunk, new = witnesses.pair(names)
+            return comparison.said()
+        reference, shrunk, new = witnesses.pair(names, comparison.uncertain)
         facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
-        idle = _listed_names([*comparison.idle])
-        remark = f"{idle} did not vary on any synthetic sample; compared instead, before it: {_listed_names(names)}"
+        why = "differed by no more than its own rounding" if comparison.uncertain else "did not vary"
+        remark = f"{_listed_names(undecided)} {why} on any synthetic sample; compared instead, before it: "
+        remark += _listed_names(names)
         facts.note = f"{facts.note}; {remark}" if facts.note else remark
         return facts
 

@@ -9,7 +9,7 @@ pruned model. Both become outputs of the same new name, so that the usual compar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -381,8 +381,11 @@ class Witnesses:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         return model, self._reference[1]
 
-    def pair(self, names: Sequence[str]) -> tuple[Model, Model, dict[str, str]]:
-        """Return both models with the survivors of tensors as additional outputs, and {new output: tensor}."""
+    def pair(self, names: Sequence[str], without: Container[str] = ()) -> tuple[Model, Model, dict[str, str]]:
+        """Return both models with the survivors of tensors as additional outputs, and {new output: tensor}.
+
+        The outputs ``without`` are not outputs of them.
+        """
         (reference, known), (cut, _) = (self._copy(m) for m in (self._reference, self._cut))
         new = {f"{name}__survivors": name for name in names}
         for output, name in new.items():
@@ -390,6 +393,10 @@ class Witnesses:
             cut.graph.node.append(onnx.helper.make_node("Identity", [name], [output], name=output))
             for model in (reference, cut):
                 model.graph.output.append(onnx.ValueInfoProto(name=output))
+        for model in (reference, cut):
+            outputs = [x for x in model.graph.output if x.name not in without]
+            del model.graph.output[:]
+            model.graph.output.extend(outputs)
         return (reference, known), (cut, self._cut[1]), new
 
     @staticmethod

@@ -198,13 +198,15 @@ _MADE, _EQUAL = "__made", 1e-9  # what is made of the same values by the same op
 class Comparison(NamedTuple):
     """A comparison of two models: the facts, and why equality proves nothing of some of the shared ``outputs``.
 
-    ``failed`` names the outputs that differ by more than is allowed.
+    ``failed`` names the outputs that differ by more than is allowed, ``uncertain`` those of them whose own rounding
+    differs by as much, so that their values decide nothing: a sigmoid of -12, whose last bit is a percent of it.
     """
 
     facts: Exactness
     idle: dict[str, str]
     outputs: int
     failed: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
 
     def noted(self) -> Exactness:
         """Return the facts with a note that names the outputs on which equality proves nothing."""
@@ -295,9 +297,13 @@ def compare_models(
         output.tolerance = max(rounding.base, 4 * output.eps_model) if tolerance is None else tolerance
         if output.name.endswith(_MADE):
             output.tolerance, output.error = _EQUAL, max(output.error, float(output.differing > 0))
-    if tolerance is None and _only_errors(outputs):
-        _widen(outputs, noise_floor(reference, feeds[:2], threads=threads), rounding.quantized)
-    return _verdict(outputs, batches)
+    if tolerance is not None or not _only_errors(outputs):
+        return _verdict(outputs, batches)
+    floors = noise_floors(reference, feeds[:2], threads=threads)
+    _widen(outputs, max(floors.values(), default=0.0), rounding.quantized)
+    comparison = _verdict(outputs, batches)
+    uncertain = [x for x in comparison.failed if outputs[x].error <= _FLOOR_FACTOR * floors.get(x, 0.0)]
+    return comparison._replace(uncertain=tuple(uncertain))
 
 
 def _only_errors(outputs: dict[str, Output]) -> bool:
@@ -327,17 +333,27 @@ def _verdict(outputs: dict[str, Output], batches: list[int]) -> Comparison:
 
 
 def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | None = None) -> float:
-    """Measure the effect of rounding on a model's outputs: the largest error of ``exactness`` in two disturbances.
+    """Measure the effect of rounding on a model's outputs: the largest of ``noise_floors``, 0 without float outputs.
+
+    Raises:
+        ModelError: the model does not load or run with optimisations off.
+    """
+    return max(noise_floors(reference, feeds, threads=threads).values(), default=0.0)
+
+
+def noise_floors(reference: Openable, feeds: Sequence[Feed], *, threads: int | None = None) -> dict[str, float]:
+    """Measure the effect of rounding on each output: the largest error of ``exactness`` in two disturbances.
 
     One run has all graph optimisations (other kernels, other orders of summation), one has its float inputs moved by
-    at most two units of their rounding, seeded. Both are compared with the plain run. Integer outputs do not count.
+    at most two units of their rounding, seeded. Both are compared with the plain run. Integer outputs have an error
+    of 0.
 
     Raises:
         ModelError: the model does not load or run with optimisations off.
     """
     plain = list(_outputs(reference, feeds, threads=threads))
     disturbed_feeds = [_disturb(feed) for feed in feeds]
-    floor = 0.0
+    floors: dict[str, float] = {}
     for optimize, inputs in ((True, feeds), (False, disturbed_feeds)):
         outputs: dict[str, Output] = {}
         try:
@@ -349,8 +365,10 @@ def noise_floor(reference: Openable, feeds: Sequence[Feed], *, threads: int | No
             if not optimize:
                 raise
             continue  # some models only load with optimisations off: the other disturbance remains
-        floor = max([floor, *(o.error for o in outputs.values() if not o.broken)])
-    return floor
+        for output in outputs.values():
+            if not output.broken:
+                floors[output.name] = max(floors.get(output.name, 0.0), output.error)
+    return floors
 
 
 def _disturb(feed: Feed) -> Feed:

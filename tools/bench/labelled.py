@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 UNLABELLED = "rel_err"  # metrics that start with it compare with the original: there are no labels
 
@@ -56,6 +57,12 @@ def recorded(home: Path, name: str, folders: Iterable[Path], samples: int) -> Pa
         print(f"{name}: no calibration data: {error}", file=sys.stderr)
         return None
     return target
+
+
+def leading_size(model: Path) -> int:
+    """Rows that one call of a model takes where its file fixes them, else 1."""
+    shape = onnx.load(model, load_external_data=False).graph.input[0].type.tensor_type.shape
+    return max(1, shape.dim[0].dim_value) if shape.dim else 1
 
 
 def limit(data: Path, samples: int) -> int | None:
