@@ -248,7 +248,7 @@ class _Check:
             with self.trial.lend(*witnesses.tapped(names), "tapped") as path:
                 names = witnesses.last(undecided, compare.varying_outputs(path, feeds) & set(names))
         if not names:
-            return comparison.said()
+            return comparison.noted()
         reference, shrunk, new = witnesses.pair(names, comparison.uncertain)
         facts = self._pair(probe, reference, shrunk).compared(feeds).facts
         facts.worst_output = new.get(facts.worst_output, facts.worst_output)
