@@ -608,7 +608,7 @@ class Model:
     @property
     def removal(self) -> Mask:
         """The mask over the removed atoms of ``analysis`` [atoms], bool; all False where none was removed."""
-        return np.zeros(self.analysis.table.atoms.count, bool) if self.removed is None else self.removed
+        return np.zeros(self.analysis.units.component.size, bool) if self.removed is None else self.removed
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ class Analysis:
     def barriers(self) -> list[Barrier]:
         """Every reason that holds channels, with their number, largest first."""
         counts = Counter(self.units.barrier_of[self._weight_components()].tolist())
-        barriers = [replace(self.table.atoms.barriers[i], channels=n) for i, n in counts.items() if i >= 0]
+        barriers = [replace(self.units.atoms.barriers[i], channels=n) for i, n in counts.items() if i >= 0]
         barriers = [b for b in barriers if b.code not in _NOT_CHANNELS]
         return sorted(barriers, key=lambda b: (-b.channels, b.node, b.code))
 
@@ -267,7 +267,7 @@ class Analysis:
 
     def _layers_of(self, group: Group) -> list[str]:
         """Return every layer that a group runs through, producers first."""
-        births = self.table.atoms.births
+        births = self.units.atoms.births
         numbers = [group.id, *group.children]
         weights = {births[int(b)].tensor: None for g in numbers for b in self.units.groups[g].births}
         readers = {n.index: n for w in weights if w for n in self._readers(w)}
@@ -331,7 +331,7 @@ class Analysis:
                 barrier_ids = self.units.barrier_of[self.units.component[label.ids]].ravel()
                 barrier_ids = barrier_ids[barrier_ids >= 0]
                 if barrier_ids.size:
-                    barrier = self.table.atoms.barriers[int(barrier_ids[0])]
+                    barrier = self.units.atoms.barriers[int(barrier_ids[0])]
                     return f"{barrier.code}: {barrier.detail} ({barrier.op} {barrier.node})".replace("( ", "(")
                 return self._stuck(label)
         return ""
@@ -372,8 +372,8 @@ class Analysis:
 
         Anchors, grids of positions and entries of a vocabulary are born on constants that only meet channels.
         """
-        births = self.table.atoms.births
-        unsupported = {barrier.node for barrier in self.table.atoms.barriers if barrier.code == Reason.NO_RULE}
+        births = self.units.atoms.births
+        unsupported = {barrier.node for barrier in self.units.atoms.barriers if barrier.code == Reason.NO_RULE}
 
         def holds(name: str) -> bool:
             is_unsupported = any(node.label in unsupported for node, _ in self.graph.consumers.get(name, ()))
@@ -393,7 +393,7 @@ def _places(label: Label) -> list[dict[int, int]]:
 def _resolve(table: Table, reshape_axis: str) -> tuple[Units, frozenset[int]]:
     """Resolve units and groups; a group that no weight belongs to (an axis that is only repeated) keeps its size."""
     units = resolve(table.atoms, reshape_axis)
-    births, unstored = table.atoms.births, set[int]()
+    births, unstored = units.atoms.births, set[int]()
     for group in units.groups:
         numbers = [b for g in (group.id, *group.children) for b in units.groups[g].births]
         if not any(births[int(b)].tensor in table.graph.weights for b in numbers):

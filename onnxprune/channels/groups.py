@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from onnxprune.labels.atoms import Atoms, mix
+from onnxprune.labels.atoms import Atoms, Barrier, Reason, mix
 from onnxprune.labels.label import Ids
 
 
@@ -218,8 +218,46 @@ def _same(rows: Ids) -> NDArray[np.bool_]:
 _MANY = 64
 
 
+_SHARED = Barrier(Reason.SHARED, "", "", "all heads share these channels, and whole heads are removed")
+
+
 def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
-    """Resolve units and groups of a ledger, vectorised over atoms; ``axis``: see ``choose_rows``."""
+    """Resolve units and groups of a ledger; ``axis``: see ``choose_rows``.
+
+    Grids whose rows share something by column lose whole columns. They lose whole rows where no column can be removed,
+    or where rows are asked for, and only if some can be.
+    """
+    units = _resolve(atoms.settled()[0], axis)
+    whole = {k for k, item in enumerate(atoms.columns) if axis == "heads" or _are_stuck(units, item.columns)}
+    if not whole:
+        return units
+    ledger, rows = atoms.settled(whole, _SHARED)
+    other = _resolve(ledger, axis)
+    free = {k for k, ids in rows.items() if _can_differ(other, ids)}
+    if free != whole:
+        other = _resolve(atoms.settled(free, _SHARED)[0], axis) if free else units
+    return other if _num_removable(other, axis) > _num_removable(units, axis) else units
+
+
+def _can_differ(units: Units, rows: Ids) -> bool:
+    """Return whether some row of a grid can be removed without another."""
+    components = np.unique(units.component[rows])
+    return components.size > 1 and bool((units.group_of[components] >= 0).any())
+
+
+def _num_removable(units: Units, axis: str) -> int:
+    """Return how many units compete; where rows are asked for, how many rows."""
+    return sum(g.size for g in units.groups if g.prunable and (axis != "heads" or g.kind == "heads"))
+
+
+def _are_stuck(units: Units, columns: Ids) -> bool:
+    """Return whether no column can be removed: all are frozen, or tied to each other."""
+    components = np.unique(units.component[columns])
+    return bool(units.frozen[components].all()) or components.size == 1
+
+
+def _resolve(atoms: Atoms, axis: str) -> Units:
+    """Resolve units and groups, vectorised over atoms."""
     component, count = _components(atoms)
     barrier_of = _spread_barriers(atoms, component, count)
     frozen = barrier_of >= 0

@@ -168,7 +168,7 @@ def _from_slots(analysis: Analysis, item: PlanGroup) -> Mask:
         components = np.unique(units.component[ids])
         frozen = components[units.frozen[components]]
         if frozen.size:
-            barrier = analysis.table.atoms.barriers[int(units.barrier_of[frozen[0]])]
+            barrier = analysis.units.atoms.barriers[int(units.barrier_of[frozen[0]])]
             raise UsageError(
                 f"The plan removes channels of {slot.tensor!r} that cannot be removed: {barrier.code}, "
                 f"{barrier.detail}.",

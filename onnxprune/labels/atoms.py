@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -29,6 +29,7 @@ class Reason(StrEnum):
     MISSING_CONSTANT = "missing-constant"
     NORMALISED = "normalised"
     FIXED_SIZE = "fixed-size"
+    SHARED = "shared"
     HEAD_SIZE = "head-size"
     ROTARY = "rotary"
     SPATIAL = "spatial"
@@ -85,6 +86,19 @@ class Rows:
 
 
 @dataclass(slots=True)
+class Columns:
+    """Atoms that stand for the columns of a grid: ``columns`` [width] of the grid ``label``.
+
+    A channel that all rows have in common (the scale of a normalisation within heads, an angle of a rotation) meets the
+    grid column by column. Then either whole columns are removed, from every row, or whole rows, and the columns stay.
+    Which of them is decided when units are resolved.
+    """
+
+    columns: Ids
+    label: Label
+
+
+@dataclass(slots=True)
 class Atoms:
     """Ledger of all that rules state about atoms, appended as arrays; nothing is resolved here."""
 
@@ -97,6 +111,7 @@ class Atoms:
     barriers: list[Barrier] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     views: dict[bytes, Label] = field(default_factory=dict)
+    columns: list[Columns] = field(default_factory=list)
     _row_of: dict[int, int] = field(default_factory=dict)
     _barrier_index: dict[Barrier, int] = field(default_factory=dict)
 
@@ -191,6 +206,49 @@ class Atoms:
                 return label.ids.take([0], axis=label.pack)
             label = self.rows_of(label)
         return label.ids
+
+    def shared(self, label: Label, axes: tuple[int, ...]) -> Ids:
+        """Reduce a label to some of its axes where something common to all rows meets it, see :class:`Columns`."""
+        first = label.ids
+        for axis in label.outer():
+            first = first.take([0], axis=axis)
+        if axes != (label.pack,) or not label.is_grid or (label.ids == first).all():
+            return self.project(label, axes)
+        for known in self.columns:
+            if known.label is label:
+                return known.columns.reshape(first.shape)
+        columns = self.new(first.size, "", label.pack)
+        self.columns.append(Columns(columns, label))
+        return columns.reshape(first.shape)
+
+    def settled(self, whole: Collection[int] = (), why: Barrier | None = None) -> tuple[Atoms, dict[int, Ids]]:
+        """Return a ledger in which rows or columns of every grid are decided on; this one is not changed.
+
+        Args:
+            whole: indices of ``columns`` whose grids lose whole rows; those of others lose whole columns.
+            why: barrier of columns that stay.
+
+        Returns:
+            the ledger, and the atoms of the rows by index.
+        """
+        if not self.columns:
+            return self, {}
+        other = replace(self, edges=list(self.edges))
+        if whole:
+            other.births, other.frozen, other.rows = list(self.births), list(self.frozen), list(self.rows)
+            other.views, other._row_of = dict(self.views), dict(self._row_of)
+            other.barriers, other._barrier_index = list(self.barriers), dict(self._barrier_index)
+        rows: dict[int, Ids] = {}
+        for k, item in enumerate(self.columns):
+            if k not in whole or why is None:
+                shape = [1] * item.label.ids.ndim
+                shape[item.label.pack] = item.columns.size
+                other.unite(item.label.ids, item.columns.reshape(shape))
+                continue
+            rows[k] = other.rows_of(item.label).ids
+            other.unite(item.label.ids, np.broadcast_to(rows[k], item.label.ids.shape))
+            other.freeze(item.columns, other.barrier(why.code, why.node, why.op, why.detail))
+        return other, rows
 
     def couple(self, label: Label) -> None:
         """Tie the columns of the grid: every row loses the same positions."""

@@ -404,7 +404,7 @@ class _Work:
         components = units.component[label.ids.ravel()]
         barriers = units.barrier_of[components]
         if (barriers >= 0).any():
-            barrier = self.analysis.table.atoms.barriers[int(barriers[barriers >= 0][0])]
+            barrier = self.analysis.units.atoms.barriers[int(barriers[barriers >= 0][0])]
             place = f" ({barrier.op} {barrier.node})" if barrier.node else ""
             return None, f"{barrier.detail}{place}"
         if np.unique(components).size < components.size:

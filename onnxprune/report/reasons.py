@@ -61,6 +61,10 @@ BARRIERS: dict[str, Words] = {
         "axis must keep its size",
         "An operator needs this axis at exactly this size.",
     ),
+    Reason.SHARED: Words(
+        "shared by all heads",
+        "All heads share these channels (a scale, a rotation), and whole heads are removed in their place.",
+    ),
     Reason.HEAD_SIZE: Words(
         "heads must keep one common size",
         "The attention kernel needs the same head size for queries, keys and values.",
