@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.labels.label import Ids, Label, covering, kept_sizes
+from onnxprune.labels.label import Ids, Label, Labels, covering, kept_sizes
 from onnxprune.operators.context import Table
 
 Mask = NDArray[np.bool_]
@@ -18,10 +19,16 @@ class Ragged(Exception):
 
 
 class Survivors:
-    """Survivors of every tensor. ``removed`` is a bool mask over atoms."""
+    """Survivors of every tensor.
 
-    def __init__(self, table: Table, removed: Mask) -> None:
-        self._table, self.removed = table, removed
+    Args:
+        table: the labels.
+        removed: bool mask over atoms, True where removed.
+        same: {tensor that the table does not know: one of the same channels}.
+    """
+
+    def __init__(self, table: Table, removed: Mask, same: Mapping[str, str] | None = None) -> None:
+        self._table, self.removed, self._same = table, removed, same or {}
         self._by_label: dict[int, tuple[Label, Mask | None, dict[int, int] | None]] = {}
         self._sizes: dict[str, dict[int, int]] = {}
 
@@ -48,9 +55,12 @@ class Survivors:
             self._by_label[id(label)] = known = (label, keep, sizes)
         return known
 
+    def _labels(self, name: str) -> Labels:
+        return self._table.get(self._same.get(name, name) if self._same else name)
+
     def touched(self, name: str) -> bool:
         """Return whether the tensor loses positions."""
-        for label in self._table.get(name):  # noqa: SIM110  (asked of every tensor: a loop is faster than any())
+        for label in self._labels(name):  # noqa: SIM110  (asked of every tensor: a loop is faster than any())
             if self._survivors(label)[1] is not None:
                 return True
         return False
@@ -61,7 +71,7 @@ class Survivors:
         if known is not None:
             return known
         result: dict[int, int] = {}
-        for label in self._table.get(name):
+        for label in self._labels(name):
             _, keep, sizes = self._survivors(label)
             if keep is not None:
                 if sizes is None:
@@ -75,7 +85,7 @@ class Survivors:
 
     def shape(self, name: str) -> tuple[Any, ...] | None:
         """Return the new shape at the first probe; None where the rank is unknown."""
-        shape = self._table.facts.shape(name)
+        shape = self._table.facts.shape(self._same.get(name, name))
         if shape is None:
             return None
         sizes = self.sizes(name)
@@ -83,7 +93,7 @@ class Survivors:
 
     def keep(self, name: str, axis: int) -> Mask | None:
         """Return surviving positions along one axis (of any row that survives); None where all do."""
-        label = covering(self._table.get(name), axis)
+        label = covering(self._labels(name), axis)
         keep = None if label is None else self.mask(label)
         if label is None or keep is None:
             return None
@@ -101,7 +111,7 @@ class Survivors:
 
     def steps(self, name: str) -> list[tuple[int, Ids]]:
         """Return gather steps (axis, index) that prune a weight; a grid's pack axis has an index per row."""
-        labels = [(x, k) for x in self._table.get(name) if (k := self.mask(x)) is not None]
+        labels = [(x, k) for x in self._labels(name) if (k := self.mask(x)) is not None]
         if all(x.axes == (x.pack,) for x, _ in labels) and len({x.pack for x, _ in labels}) == len(labels):
             return [(x.pack, keep.ravel().nonzero()[0]) for x, keep in labels]
         row_masks: dict[int, Mask] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,62 @@ def pack(codes: Array, bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     each_byte = padded.reshape(*codes.shape[:-1], -1, per_byte) << shifts
     return np.asarray(np.bitwise_or.reduce(each_byte, axis=-1), np.uint8)
+
+
+def requantise(
+    values: Array, bits: int, scale: Array, zero: Array, *, moves_zero: bool, kind: np.dtype[Any], whole: bool = True
+) -> tuple[NDArray[np.uint8], Array, Array]:
+    """Quantise blocks of numbers as unsigned codes, (code - zero) * scale, each with the setting of the least error.
+
+    Candidates are the present setting, the one that spans the numbers, and spans somewhat smaller, where the largest
+    numbers are clipped and all others rounded less.
+
+    Args:
+        values: numbers [..., block].
+        bits: bits per code.
+        scale: present scales [..., 1], tried first.
+        zero: present zero points [..., 1].
+        moves_zero: whether zero points may change; else the scales alone.
+        kind: type in which scales are stored.
+        whole: whether zero points are codes too, and not any number.
+
+    Returns:
+        codes [..., block], scales and zero points [..., 1].
+    """
+    most = (1 << bits) - 1
+    low, high = (np.minimum(values.min(-1, keepdims=True), 0.0), np.maximum(values.max(-1, keepdims=True), 0.0))
+    settings = [(scale, zero)]
+    for share in (1.0, 0.9, 0.8, 0.7):
+        if moves_zero:
+            step = _stored(share * (high - low) / most, scale, kind)
+            middle = -share * low / step
+            settings.append((step, np.clip(np.rint(middle), 0, most) if whole else middle))
+            continue
+        # The codes below the middle are one more than those above it: either sign of the scale makes use of that.
+        below, above = np.maximum(zero, 1.0), np.maximum(most - zero, 1.0)
+        settings.append((_stored(share * np.maximum(-low / below, high / above), scale, kind), zero))
+        settings.append((_stored(-share * np.maximum(high / below, -low / above), scale, kind), zero))
+    return _closest(values, most, settings)
+
+
+def _stored(scale: Array, old: Array, kind: np.dtype[Any]) -> Array:
+    """Return scales as they are stored; those that would become 0 stay as they were."""
+    rounded = scale.astype(kind).astype(np.float64)
+    return np.where((rounded == 0) | ~np.isfinite(rounded), np.where(old == 0, 1.0, old), rounded)
+
+
+def _closest(
+    values: Array, most: int, settings: Sequence[tuple[Array, Array]]
+) -> tuple[NDArray[np.uint8], Array, Array]:
+    """Return the codes, scale and zero point, block by block of those settings, with the least squared error."""
+    best: tuple[Array, Array, Array] | None = None
+    least = np.asarray(np.inf)
+    for scale, zero in settings:
+        codes = np.clip(np.rint(values / np.where(scale == 0, 1.0, scale) + zero), 0, most)
+        error = np.square((codes - zero) * scale - values).sum(axis=-1, keepdims=True)
+        new = (codes, *np.broadcast_arrays(scale, zero))
+        closer = error < least
+        best = new if best is None else tuple(np.where(closer, a, b) for a, b in zip(new, best, strict=True))  # type: ignore[assignment]
+        least = np.minimum(error, least)
+    assert best is not None
+    return best[0].astype(np.uint8), best[1], best[2]

@@ -191,11 +191,12 @@ class Blocks(Pairwise):
     Args:
         outer: one letter per other axis of the data.
         size: size of the data's last axis.
-        made: number of outputs.
+        outputs: number of outputs.
+        bias: position of the bias; None where there is none.
     """
 
-    def __init__(self, outer: str, size: int, outputs: int) -> None:
-        super().__init__((outer + "k", "nk", outer + "n"), (outputs, size), plain=False)
+    def __init__(self, outer: str, size: int, outputs: int, bias: int | None = None) -> None:
+        super().__init__((outer + "k", "nk", outer + "n"), (outputs, size), bias=bias)
 
     def output_shape(self, data: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """Return the data's shape with another last axis."""

@@ -17,7 +17,7 @@ from onnxprune.graph.view import Node
 from onnxprune.labels.algebra import Shape, broadcast, concatenate, insert_axis, known
 from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Labels, along
-from onnxprune.operators.codes import NARROW, PACKED_BITS, numbers, pack, unpack
+from onnxprune.operators.codes import NARROW, PACKED_BITS, numbers, pack, requantise, unpack
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.contraction import contract, matmul_terms, output_channel_axis, product_form
 from onnxprune.operators.contractions import Blocks, Form, Windows
@@ -25,7 +25,7 @@ from onnxprune.operators.convolution import Conv, window_settings
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import OverAxes
 from onnxprune.operators.operands import Values
-from onnxprune.operators.registry import NoRule, Read, Rule, register, with_facts
+from onnxprune.operators.registry import InFloats, NewNode, NoRule, Read, Rule, Surroundings, register, with_facts
 from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product, window_sizes
 
 _PER_CHANNEL = "a scale or zero point"
@@ -147,6 +147,85 @@ def real_numbers(codes: Mapping[int, Settings], i: int, value: Array, read: Read
     return numbers(value, scale, None if pair.zero is None else read(pair.zero), axis)
 
 
+class _Floats:
+    """The nodes of an operator on codes with numbers, one after the other; new tensors are named after its output."""
+
+    def __init__(self, node: Node, replaced: Sequence[Node] = ()) -> None:
+        self.node, self.replaced = node, sorted([node, *replaced], key=lambda n: n.index)
+        self._stem = f"{self.replaced[-1].outputs[0]}__"
+        self.nodes: list[NewNode] = []
+        self.constants: dict[str, Array] = {}
+        self.same: dict[str, str] = {}
+        self.operands: list[tuple[str, int, str, int]] = []
+
+    def decode(self, suffix: str, operands: Sequence[str], axis: int, positions: Sequence[int | None] = ()) -> str:
+        """Add a decoder of codes, scale and zero point; ``positions`` are theirs in the node, None where elsewhere."""
+        name = self._stem + suffix
+        self.nodes.append(NewNode("DequantizeLinear", operands, [name], name, MS, {"axis": axis}))
+        where = ((i, at) for at, i in enumerate(positions) if i is not None and operands[at : at + 1] != [""])
+        self.operands += [(self.node.outputs[0], i, name, at) for i, at in where if at < len(operands)]
+        return name
+
+    def constant(self, suffix: str, value: Array) -> str:
+        """Add a constant."""
+        self.constants[self._stem + suffix] = value
+        return self._stem + suffix
+
+    def add(self, op: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
+        """Add an operator of ONNX; its output is a new tensor like the result, or ``output``."""
+        name = output or f"{self._stem}{op.lower()}"
+        if not output:
+            self.same[name] = self.replaced[-1].outputs[0]
+        title = f"{self._stem}sum" if op == "Add" else self.node.label
+        self.nodes.append(NewNode(op, inputs, [name], title, "", attributes))
+        return name
+
+    def done(self) -> InFloats:
+        """Return all of it."""
+        return InFloats(self.nodes, self.replaced, self.constants, self.same, self.operands)
+
+    def encoded(self, value: str, scale: str, zero: str) -> InFloats:
+        """Return all of it, with an encoder of the result at the end."""
+        output = self.replaced[-1].outputs[0]
+        self.nodes.append(NewNode("QuantizeLinear", [value, scale, zero], [output], output, MS))
+        return self.done()
+
+
+def _names(node: Node, *positions: int) -> list[str]:
+    """Return inputs of a node by position, without absent ones at the end."""
+    names = [node.inputs[i] if i < len(node.inputs) else "" for i in positions]
+    while names and not names[-1]:
+        names.pop()
+    return names
+
+
+def _sizes(around: Surroundings, *names: str) -> list[int] | None:
+    """Return the number of elements of constants; None where one is no constant, or is a matrix."""
+    if not all(n in around.weights and len(around.weights[n].shape) <= 1 for n in names):
+        return None
+    return [prod(around.weights[n].shape) for n in names]
+
+
+def _scaled(node: Node, around: Surroundings) -> tuple[list[Node], str, str, int] | None:
+    """Return the nodes behind a product in integers that turn it into numbers, and how.
+
+    Returns:
+        the nodes, the data's scale, the weight's scale, and the position of that in the first of the nodes; None for
+        another pattern.
+    """
+    cast = around.only_reader(node.outputs[0])
+    scaled = None if cast is None or cast.op != "Cast" else around.only_reader(cast.outputs[0])
+    if cast is None or scaled is None or scaled.op != "Mul":
+        return None
+    factor = around.producer.get(next((n for n in scaled.inputs if n != cast.outputs[0]), ""))
+    if factor is None or factor.op != "Mul" or around.only_reader(factor.outputs[0]) is None:
+        return None
+    at = next((i for i in (0, 1) if factor.inputs[i] in around.weights), None)
+    if at is None or factor.inputs[1 - at] in around.weights or cast.attrs.get("to") != 1:
+        return None
+    return [factor, cast, scaled], factor.inputs[1 - at], factor.inputs[at], at
+
+
 class IntegerConv(Conv):
     """A convolution of codes: a removed channel equals the zero point, not 0.
 
@@ -205,6 +284,27 @@ class IntegerConv(Conv):
         if data != self.data or w is None or node.attrs.get("channels_last", 0):
             return None
         return Windows(w[2:], **window_settings(node), data=data, weight=self.weight, bias=None, plain=False)
+
+    def in_floats(self, node: Node, surroundings: Surroundings) -> InFloats | None:
+        """Return a convolution of decoded data with a decoded kernel; one in integers with its scales behind it."""
+        attributes = {k: v for k, v in node.attrs.items() if k != "channels_last"}
+        if node.attrs.get("channels_last", 0) or node.inputs[self.weight] not in surroundings.weights:
+            return None
+        if self.codes[self.data].scale is None:
+            return _in_floats_scaled(self, node, surroundings, "Conv", attributes, 0)
+        sizes = _sizes(surroundings, node.inputs[1], node.inputs[4])
+        if sizes is None or sizes[0] != 1:
+            return None
+        new = _Floats(node)
+        operands = [
+            new.decode("data", _names(node, 0, 1, 2), 0),
+            new.decode("weight", _names(node, 3, 4, 5), 0, (3, 4, 5)),
+        ]
+        if len(node.inputs) > 8 and node.inputs[8]:
+            scales = [surroundings.weights[node.inputs[i]].read() for i in (1, 4)]
+            scale = new.constant("bias_scale", np.asarray(scales[0].reshape(()) * scales[1], np.float32))
+            operands.append(new.decode("bias", [node.inputs[8], scale], 0, (8,)))
+        return new.encoded(new.add("Conv", operands, **attributes), node.inputs[6], node.inputs[7])
 
 
 class IntegerMatMul(Rule):
@@ -301,6 +401,60 @@ class IntegerMatMul(Rule):
         x, _, _ = self.terms(step.node, len(step.shape(self.a)), len(step.shape(self.b)))
         return [(self.a, (x.index("k"),))]
 
+    def in_floats(self, node: Node, surroundings: Surroundings) -> InFloats | None:
+        """Return a product of decoded matrices; one in integers with its scales behind it."""
+        if node.inputs[self.b] not in surroundings.weights or node.inputs[self.a] in surroundings.weights:
+            return None
+        if node.op == "MatMulInteger":
+            return _in_floats_scaled(self, node, surroundings, "MatMul", {}, -1)
+        if self.codes[self.b].scale is None:
+            return None
+        to_codes, transposed = self.gives_codes(node), bool(node.attrs.get("transB"))
+        scale, zero = self.codes[self.b]
+        assert scale is not None and zero is not None
+        if _sizes(surroundings, *_names(node, scale, zero)) is None:
+            return None
+        new = _Floats(node)
+        if self.a in self.codes:
+            pair = self.codes[self.a]
+            assert pair.scale is not None and pair.zero is not None
+            if node.inputs[pair.scale] in surroundings.weights and _sizes(surroundings, node.inputs[pair.scale]) != [1]:
+                return None
+            data = new.decode("data", _names(node, self.a, pair.scale, pair.zero), 0)
+        else:
+            data = node.inputs[self.a]
+        rank = len(surroundings.weights[node.inputs[self.b]].shape)
+        matrix = new.decode(
+            "weight", _names(node, self.b, scale, zero), 0 if transposed else rank - 1, (self.b, scale, zero)
+        )
+        if node.op == "QGemm":
+            return self._gemm(node, surroundings, new, data, matrix)
+        if to_codes:
+            return new.encoded(new.add("MatMul", [data, matrix]), node.inputs[6], node.inputs[7])
+        bias = next(iter(_names(node, self.columns[-1])), "")
+        if bias:
+            new.add("Add", [new.add("MatMul", [data, matrix]), bias], node.outputs[0])
+        else:
+            new.add("MatMul", [data, matrix], node.outputs[0])
+        return new.done()
+
+    @staticmethod
+    def _gemm(node: Node, around: Surroundings, new: _Floats, data: str, matrix: str) -> InFloats | None:
+        alpha, bias = float(node.attrs.get("alpha", 1.0)), next(iter(_names(node, 6)), "")
+        attributes = {name: int(node.attrs.get(name, 0)) for name in ("transA", "transB")}
+        operands = [data, matrix]
+        if bias:
+            scales = [
+                around.weights[node.inputs[i]].read() if node.inputs[i] in around.weights else None for i in (1, 4)
+            ]
+            if bias not in around.weights or len(around.weights[bias].shape) != 1 or scales[0] is None:
+                return None
+            value = np.asarray(scales[0].reshape(()) * scales[1] * alpha, np.float32)
+            operands.append(new.decode("bias", [bias, new.constant("bias_scale", value)], 0, (6,)))
+        to_codes = len(node.inputs) > 7 and bool(node.inputs[7])
+        result = new.add("Gemm", operands, "" if to_codes else node.outputs[0], alpha=alpha, **attributes)
+        return new.encoded(result, node.inputs[7], node.inputs[8]) if to_codes else new.done()
+
     def neutral(self, step: Step, i: int) -> str | None:
         """Return the zero point of ``a``."""
         return step.node.inputs[self.zero] if self.zero is not None and step.has(self.zero) else None
@@ -309,6 +463,28 @@ class IntegerMatMul(Rule):
         """Infer as numpy's matmul."""
         a, b = shapes[self.a], shapes[self.b]
         return None if a is None or b is None else [product(a, b, self.terms(node, len(a), len(b)))]
+
+
+def _in_floats_scaled(
+    rule: IntegerConv | IntegerMatMul, node: Node, around: Surroundings, op: str, attributes: Any, axis: int
+) -> InFloats | None:
+    """Return a product in integers, the cast behind it and the multiplication with both scales, as one of numbers."""
+    behind = _scaled(node, around)
+    if behind is None:
+        return None
+    (factor, cast, scaled), data_scale, weight_scale, at = behind
+    zero = _names(node, rule.codes[1].zero or 0)
+    if _sizes(around, weight_scale, *zero) is None or (
+        op == "Conv" and around.weights[weight_scale].shape not in ((), (1,))
+    ):
+        return None
+    new = _Floats(node, [factor, cast, scaled])
+    data = new.decode("data", [node.inputs[0], data_scale, *_names(node, rule.codes[0].zero or 0)], 0)
+    rank = len(around.weights[node.inputs[1]].shape)
+    weight = new.decode("weight", [node.inputs[1], weight_scale, *zero], axis % rank, (1, None, rule.codes[1].zero))
+    new.operands.append((factor.outputs[0], at, weight, 1))
+    new.add(op, [data, weight], scaled.outputs[0], **attributes)
+    return new.done()
 
 
 class QuantizedElementwise(Elementwise):
@@ -551,12 +727,48 @@ class PackedMatMul(Rule):
         values.reshape(n, -1)[:, int(node.attrs["K"]) :] = 0
         return np.asarray(values)
 
+    def encode(self, node: Node, i: int, numbers: Array, read: Read) -> Mapping[int, Array] | None:
+        """Quantise [N, blocks, block_size] with new scales; with the present ones where ``g_idx`` has its own order."""
+        codes, scales, bits = read(B), read(SCALES), int(node.attrs.get("bits", 4))
+        if i != B or codes is None or scales is None or bits not in PACKED_BITS:
+            return None
+        n, blocks, size = numbers.shape
+        has_zeros, order = len(node.inputs) > ZEROS and bool(node.inputs[ZEROS]), self._order(node, read)
+        zeros = read(ZEROS) if has_zeros else None
+        packed = zeros is not None and zeros.dtype == np.uint8
+        if zeros is None:
+            zero = np.full((n, blocks), 1 << (bits - 1), np.float64)
+        else:
+            zero = (unpack(zeros.reshape(n, -1), bits, blocks) if packed else zeros.reshape(n, blocks)).astype(float)
+        scale = scales.reshape(n, blocks).astype(np.float64)
+        if order is not None:
+            by_position = np.resize(order, blocks * size).reshape(blocks, size)
+            scale, zero = scale[:, by_position], zero[:, by_position]
+            values = np.clip(np.rint(numbers / np.where(scale == 0, 1.0, scale) + zero), 0, (1 << bits) - 1)
+            return {B: pack(values.astype(np.uint8), bits).reshape(codes.shape)}
+        values, scale, zero = requantise(
+            numbers, bits, scale[:, :, None], zero[:, :, None], moves_zero=has_zeros, kind=scales.dtype, whole=packed
+        )
+        result: dict[int, Array] = {B: pack(values, bits).reshape(codes.shape), SCALES: scale.reshape(scales.shape)}
+        if zeros is not None:
+            flat = zero.reshape(n, blocks)
+            result[ZEROS] = (pack(flat.astype(np.uint8), bits) if packed else flat).reshape(zeros.shape)
+        return result
+
+    @staticmethod
+    def _order(node: Node, read: Read) -> Array | None:
+        """Return the scale of every position, where it is not that of its block."""
+        order = read(ORDER) if len(node.inputs) > ORDER and node.inputs[ORDER] else None
+        in_blocks = order is None or np.array_equal(order, np.arange(len(order)) // int(node.attrs["block_size"]))
+        return None if in_blocks else order
+
     def form(self, node: Node, shapes: list[Shape | None], data: int) -> Form | None:
         """Return the product of A and the dequantised codes."""
         a, b = shapes[A], known(shapes[B])
         if data != A or a is None or b is None or a[-1] is None:
             return None
-        return Blocks("abcdefgh"[: len(a) - 1], a[-1], b[0])
+        bias = BIAS if len(node.inputs) > BIAS and node.inputs[BIAS] else None
+        return Blocks("abcdefgh"[: len(a) - 1], a[-1], b[0], bias)
 
 
 def _plain_zeros(step: Step) -> bool:

@@ -368,6 +368,29 @@ class Rule:
         """
         return None
 
+    def encode(self, node: Node, i: int, numbers: NDArray[Any], read: Read) -> Mapping[int, Array] | None:
+        """Quantise other numbers for input ``i``: the inverse of ``numbers``; None where the operator decodes nothing.
+
+        Args:
+            node: the node.
+            i: position of the input.
+            numbers: the numbers, of the shape that :meth:`numbers` returns.
+            read: function from the position of an input to its present value.
+
+        Returns:
+            {position of an input: its new value}: codes, and scales and zero points where they change.
+        """
+        return None
+
+    def in_floats(self, node: Node, surroundings: Surroundings) -> InFloats | None:
+        """Return an operator on codes as decoders, a floating-point operator and an encoder; None where it is not one.
+
+        Args:
+            node: the node.
+            surroundings: the graph around it.
+        """
+        return None
+
     def inverse(self, node: Node, i: int, constant: Read) -> Inverse | None:
         """Return the inverse with respect to input ``i``, from output 0; None where it is unknown.
 
@@ -440,6 +463,39 @@ class NewNode(NamedTuple):
     name: str = ""
     domain: str = ""
     attributes: Mapping[str, Any] = MappingProxyType({})
+
+
+class Surroundings(NamedTuple):
+    """The graph around a node.
+
+    Attributes:
+        weights: the constants by name.
+        producer: the node that computes a tensor, by name.
+        only_reader: function from a tensor to the only node that reads it; None for outputs, and for several readers.
+    """
+
+    weights: Mapping[str, Any]
+    producer: Mapping[str, Node]
+    only_reader: Callable[[str], Node | None]
+
+
+class InFloats(NamedTuple):
+    """An operator on codes, written with numbers between decoders and an encoder.
+
+    Attributes:
+        nodes: the nodes that take the place of those in ``replaced``; the last one computes ``replaced``'s last output.
+        replaced: the nodes on codes, in execution order.
+        constants: new constants by name.
+        same: {new tensor: tensor of the model with the same channels}.
+        operands: (first output of a replaced node, position of its input, first output of a decoder, position there) of
+            constants that both read.
+    """
+
+    nodes: list[NewNode]
+    replaced: list[Node]
+    constants: Mapping[str, Array]
+    same: Mapping[str, str]
+    operands: list[tuple[str, int, str, int]]
 
 
 class WithoutAddends(NamedTuple):

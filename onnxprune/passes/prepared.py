@@ -15,6 +15,7 @@ from onnxprune.graph.view import Graph
 from onnxprune.io.constants import constant_node, has_bare_initializers, set_constant
 from onnxprune.io.weights import Weight
 from onnxprune.pruning.rewriting import cut
+from onnxprune.recovery.in_floats import IntegerLayers
 
 Parts = tuple[onnx.ModelProto, dict[str, Weight]]
 
@@ -38,20 +39,37 @@ class Prepared:
     Attributes:
         graph: the copy.
         weights: all of its constants by name, those of Constant nodes too; may be changed.
+        same: {tensor of the copy alone: tensor of the model with the same channels}.
+
+    Args:
+        proto: the model.
+        weights: its constants by name.
+        in_floats: whether integer layers are written with numbers in the copy, between decoders and encoders.
     """
 
-    def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Weight], *, in_floats: bool = False) -> None:
         copy = onnx.ModelProto()
         copy.CopyFrom(proto)
         self._unshared, self._copies = unshare(Graph.of(copy, weights))
         self.graph, self._folds = fold(self._unshared)
+        self._layers = IntegerLayers.of(self.graph.proto, self.graph.weights) if in_floats else None
+        if self._layers is not None:
+            self.graph = Graph.of(self._layers.proto, self._layers.weights)
+        self.same = {} if self._layers is None else self._layers.same
         self.weights = dict(self.graph.weights)
         self._before = dict(self.weights)
         self._stored = {t.name for t in self.graph.proto.graph.initializer}
 
+    @property
+    def has_new_tensors(self) -> bool:
+        """Whether the copy has activations that the model does not have."""
+        return self._layers is not None
+
     def model(self) -> Parts:
         """Return the model with its current weights; unchanged nodes and weights are as they were written."""
         proto = self.graph.proto
+        if self._layers is not None:
+            proto = self._layers.restored(proto)
         for node in proto.graph.node:
             if node.op_type == "Constant" and self._changed(node.output[0]):
                 set_constant(node, self.weights[node.output[0]])

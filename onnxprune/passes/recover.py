@@ -41,6 +41,7 @@ from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement, uninterrupted
 from onnxprune.recovery import MODES
 from onnxprune.recovery.attention import Mixing, find_pairs, mixings
+from onnxprune.recovery.in_floats import in_floats
 from onnxprune.recovery.layer import Get, Problem, recover_layer
 from onnxprune.recovery.regression import HELD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
@@ -466,7 +467,7 @@ class Recover(Pass):
         best = None
         key = self._key(context, model, split)
         for recalibrate in _recalibrations(self.mode, model.analysis):
-            prepared = Prepared(*model.parts)
+            prepared = Prepared(*model.parts, in_floats=True)
             checkpoints = (
                 Checkpoints(context.cache, f"{recalibrate} {key}") if context.cache is not None and key else None
             )
@@ -506,11 +507,13 @@ class Recover(Pass):
         return "full" if self.mode == "datafree" else self.mode
 
     def _targets(
-        self, context: Context, model: Model, graph: Graph, after: Survivors, branches: Sequence[BranchAssignment]
+        self, context: Context, model: Model, now: Prepared, after: Survivors, branches: Sequence[BranchAssignment]
     ) -> RecoveryTargets:
         """Return the recovery targets in the pruned model on batches with this branch assignment."""
+        graph = now.graph
         comparable = {name for name in comparable_tensors(context, model) if can_follow(model.analysis, after, name)}
-        shape = _shapes_now(model.analysis, graph) if model.is_factorized else after.shape
+        comparable |= {name for name, known in now.same.items() if known in comparable}
+        shape = _shapes_now(model.analysis, graph) if model.is_factorized or now.has_new_tensors else after.shape
         targets = find_targets(graph, comparable, shape, joint=self._fitting == "full")
         targets.reject(partial(untaken, graph, branches))
         if self.near:
@@ -547,17 +550,17 @@ class Recover(Pass):
     ) -> tuple[list[Repair], Mapping[str, str]]:
         analysis, graph, weights = pruned.analysis, model.graph, model.weights
         mode = self._fitting
-        after = Survivors(analysis.table, pruned.removal)
+        after = Survivors(analysis.table, pruned.removal, model.same)
         # Activations of both models are held: half of the memory for each.
         memory = (self.memory_limit or context.memory_limit or _MEMORY) // 2
-        full = context.analysis.graph
+        full = in_floats(context.analysis.graph)
         full_weights = full.weights
         recalibrated = None
         if recalibrate:
             recalibrated = Recalibrated(full, after, graph, weights, feeds, Store(memory, folder))
             full_weights = recalibrated.original
         branches = branch_assignments(full, full.weights, feeds)
-        targets = self._targets(context, pruned, graph, after, branches)
+        targets = self._targets(context, pruned, model, after, branches)
         store = Store(memory, folder), Store(memory, folder)
         needs = [[n for a in level for n in a.needs] for level in targets.levels]
         within = inside(analysis)

@@ -22,7 +22,7 @@ from onnxprune.io import markers
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.codes import spread
 from onnxprune.operators.contractions import Form, Pairwise, Scale
-from onnxprune.operators.registry import Move, Read, lookup, rule_of
+from onnxprune.operators.registry import Move, Read, Rule, lookup, rule_of
 from onnxprune.recovery.regression import Real as RealArray
 
 Array = NDArray[Any]
@@ -38,14 +38,16 @@ class WeightSource:
     Attributes:
         root: name of the constant that holds the numbers or codes.
         chain: the operators between the root and its reader, in execution order.
+        reader: the node that reads it and decodes codes itself, and the position of its input; None for others.
     """
 
     root: str
     chain: tuple[Node, ...] = ()
+    reader: tuple[Node, int] | None = None
 
     @staticmethod
-    def of(graph: Graph, name: str) -> WeightSource | str:
-        """Return the constant ``name``, or why it cannot be given new values."""
+    def of(graph: Graph, name: str, reader: tuple[Node, int] | None = None) -> WeightSource | str:
+        """Return the constant ``name``, or why it cannot be given new values; ``reader`` as the attribute."""
         chain: list[Node] = []
         if weight_of(graph, name) is None:
             return "its weight is computed from other tensors"
@@ -55,7 +57,7 @@ class WeightSource:
             if name in graph.outputs:
                 return "its weight is an output of the model"
             if name in graph.weights:
-                return _checked(graph, WeightSource(name, tuple(reversed(chain))))
+                return _checked(graph, WeightSource(name, tuple(reversed(chain)), reader))
             node = graph.producer.get(name)
             if node is None or not _can_undo(graph, node):
                 return "its weight is computed from other tensors"
@@ -65,7 +67,8 @@ class WeightSource:
     @property
     def quantised(self) -> Node | None:
         """The operator that dequantizes codes, if there is one."""
-        return next((node for node in self.chain if rule_of(node).decodes), None)
+        decoder = next((node for node in self.chain if rule_of(node).decodes), None)
+        return decoder if decoder is not None or self.reader is None else self.reader[0]
 
     def read(self, weights: Mapping[str, Weight]) -> Real:
         """Read the numbers as the contraction reads them."""
@@ -78,17 +81,18 @@ class WeightSource:
 
     def shape(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
         """Return the shape of the numbers."""
-        return self._values(weights)[-1].shape if self.chain else weights[self.root].shape
+        return self._values(weights)[-1].shape if self.chain or self.reader else weights[self.root].shape
 
     def detach(self, editor: GraphEditor) -> None:
         """Copy the scale and zero point of codes where other nodes read them too."""
         node = self.quantised
         if node is None:
             return
-        for at in _SETTINGS:
+        for at in sorted({**_SETTINGS, **dict.fromkeys(rule_of(node).settings, "setting")}):
             name = node.inputs[at] if at < len(node.inputs) else ""
             if name and len(editor.graph.consumers.get(name, ())) > 1:
-                copy = ArrayWeight(editor.unused_name(f"{self.root}.{_SETTINGS[at]}"), editor.weights[name].read())
+                stem = f"{self.root}.{_SETTINGS.get(at, 'setting') if self.reader is None else f'setting{at}'}"
+                copy = ArrayWeight(editor.unused_name(stem), editor.weights[name].read())
                 editor.add_constant(copy)
                 editor.connect(node, at, copy.name)
 
@@ -103,6 +107,13 @@ class WeightSource:
         """
         values = self._values(weights)
         scale_ratio = None
+        if self.reader is not None:
+            node, position = self.reader
+            new = rule_of(node).encode(node, position, value, _reading(node, weights))
+            assert new is not None  # asked when the constant was found
+            for at, array in new.items():
+                _set(weights, node.inputs[at], array)
+            return None
         for node, inner in zip(reversed(self.chain), reversed(values[:-1]), strict=True):
             if rule_of(node).decodes:
                 value, scale_ratio = _requantise(node, weights, inner, value, ratio)
@@ -118,7 +129,31 @@ class WeightSource:
             result = _applied(node, [values[-1], *(weights[n].read() if n else None for n in node.inputs[1:])])
             assert result is not None  # it was computable when the constant was found
             values.append(result)
+        if self.reader is not None:
+            node, position = self.reader
+            numbers = rule_of(node).numbers(node, position, values[-1], _reading(node, weights))
+            assert numbers is not None
+            values.append(numbers)
         return values
+
+
+def _reading(node: Node, weights: Mapping[str, Weight]) -> Read:
+    """Return a function from the position of an input to its value, where that is a constant."""
+
+    def read(i: int) -> Array | None:
+        name = node.inputs[i] if i < len(node.inputs) else ""
+        return weights[name].read() if name in weights else None
+
+    return read
+
+
+def _decodes(graph: Graph, node: Node, position: int) -> bool:
+    """Return whether a node decodes the constant at an input itself and can be given other numbers there."""
+    rule, name = rule_of(node), node.inputs[position]
+    if type(rule).encode is Rule.encode or name not in graph.weights:
+        return False
+    numbers = rule.numbers(node, position, graph.weights[name].read(), _reading(node, graph.weights))
+    return numbers is not None and rule.encode(node, position, numbers, _reading(node, graph.weights)) is not None
 
 
 def _applied(node: Node, operands: list[Array | None]) -> Array | None:
@@ -599,7 +634,8 @@ def _weight_sources(graph: Graph, node: Node, form: Form) -> tuple[WeightSource,
         return "its output is not a plain product of data and weight"
     if isinstance(form, Scale) and any(name not in graph.weights for name in node.inputs[2:5]):
         return "its shift or its statistics are computed from other tensors"  # quantized, for example
-    weight = WeightSource.of(graph, node.inputs[form.weight])
+    reader = (node, form.weight) if _decodes(graph, node, form.weight) else None
+    weight = WeightSource.of(graph, node.inputs[form.weight], reader)
     if isinstance(weight, str):
         return weight
     if form.bias is None or form.bias >= len(node.inputs) or not node.inputs[form.bias]:
