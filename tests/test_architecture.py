@@ -40,7 +40,7 @@ STAGES = [
     {"search"},
     {"api"},
     {"report"},
-    {"cli", "__main__"},
+    {"cli", "__main__", "olive"},
 ]
 """From low to high; a module imports its own stage and lower ones."""
 
