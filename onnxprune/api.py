@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ def prune(
         device: for auto: a name such as avx512, arm64 or tensorrt, a JSON file, or multiples; None for this machine.
         step: remove a multiple of this many units per group, 1 or more; 1.
         rounding: rounding of the counts that follow from ratios: ``nearest`` (default), ``up``, ``down``.
-        steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more; 1.
+        steps: number of rounds of scoring and removing, each on the survivors of the last, 1 or more, with half of
+            ``finetune`` between; 1.
         schedule: growth of the removed share over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
         approximate: also prune through normalisations, which is not exact; False.
         resize_io: globs over inputs and outputs of the model that may lose channels, both halves of a cache or none.
@@ -272,12 +274,15 @@ def prune(
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
     which = {"include": include, "exclude": exclude, "keep_cache": keep_cache}
+    tuned = _finetuning(finetune, labels)
+    if isinstance(first, Prune) and plan is None:
+        tuned, between = _split(tuned, steps)
+        first = replace(first, between=between)
     shorter = _shortening(depth, first, validate, which)
     words = _vocabulary(vocabulary, keep_ids, tokenizer, first, validate)
     asked = ratio is not None or layers or spec.any or remove_dead
     if (shorter or words) and not (asked or _lists_more(first.replayed)):
         first = None
-    tuned = _finetuning(finetune, labels)
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
     trained = [ShortFinetune()] if by_default else tuned
@@ -298,6 +303,10 @@ def prune(
     if judged:
         _check_quality(result, min_fidelity, max_drop)
     return result
+
+
+LAST = 0.5
+"""Share of a fine-tuning that comes behind the last of several steps; the others share the rest evenly."""
 
 
 def _warn_of_targets_met_before(report: Report) -> None:
@@ -410,6 +419,13 @@ def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
 def _quantizing(mode: str | None) -> list[Quantize]:
     """Return the quantization that was asked for, if any."""
     return [] if mode is None else [Quantize(mode)]
+
+
+def _split(tuned: Sequence[Finetune], steps: int) -> tuple[list[Finetune], list[Finetune]]:
+    """Return the training behind the last of several steps, and that between any two."""
+    if steps == 1:
+        return [*tuned], []
+    return [t.part(LAST) for t in tuned], [t.part((1 - LAST) / (steps - 1)) for t in tuned]
 
 
 def _locking(lock: bool | None, recover: str, tuned: Sequence[Finetune]) -> list[LockZeros]:
@@ -826,7 +842,7 @@ def sparsify(
         exclude: globs; no layer with such a name becomes sparse. Empty: none is excluded.
         scope: ``local`` (default): the ratio holds for every layer; ``global``: the weights of all layers compete by
             their shares of their layers' scores.
-        steps: number of rounds of scoring and setting zeros, 1 or more; 1.
+        steps: number of rounds of scoring and setting zeros, 1 or more, with half of ``finetune`` between; 1.
         schedule: growth of the share of zeros over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
         remove_dead: remove units that lose all of their weights, see :class:`onnxprune.passes.RemoveDead`; not under
             N:M and blocks, which would then lie elsewhere; True.
@@ -891,7 +907,8 @@ def sparsify(
             f"{argument('storage', 'sparse')} has no meaning with {argument('quantize')}, which stores codes",
             hint="Drop one of the two.",
         )
-    take, store = Sparsify(pattern, **options.arguments), StoreZeros(storage, device)
+    tuned, between = _split(tuned, steps)
+    take, store = Sparsify(pattern, between=between, **options.arguments), StoreZeros(storage, device)
     by = take.request.scored_by(data is not None)
     if labels is not None and not tuned and by not in GRADIENT_SCORES:
         raise _unread_labels()

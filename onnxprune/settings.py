@@ -1534,11 +1534,17 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "steps",
         Integer(1, "a number of steps"),
-        "Prune in N steps and score again before each.",
+        f"Prune in N steps and score again before each; {argument('finetune')} then trains between, too.",
         {"prune": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         1,
         conflicts=_BUDGET,
-        variants={"sparsify": {"help": "Set zeros in N steps and score again before each.", "conflicts": ()}},
+        variants={
+            "sparsify": {
+                "help": "Set zeros in N steps and score again before each; "
+                f"{argument('finetune')} then trains between, too.",
+                "conflicts": (),
+            }
+        },
     ),
     Setting(
         "schedule",

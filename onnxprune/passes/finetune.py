@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,12 @@ class Finetune(Pass):
         self.effort = effort
         self.labels, self.rate, self.batch_size = labels, rate, batch_size
         self.features, self.augment, self.loss = features, augment, loss
+
+    def part(self, share: float) -> Finetune:
+        """Return the same training with a share of its effort."""
+        result = copy(self)
+        result.effort = self.effort.part(share)
+        return result
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""

@@ -26,11 +26,12 @@ from onnxprune.io.write import assemble
 from onnxprune.labels.atoms import Barrier, Reason
 from onnxprune.labels.label import Ids
 from onnxprune.operators.registry import rule_of
+from onnxprune.passes.between import describe_between, train_pruned
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import Fact, LayerFacts, Pruned, Remark, ResizedTensor, Settings, Sizes
+from onnxprune.report.facts import Fact, Finetuning, LayerFacts, Pruned, Remark, ResizedTensor, Settings, Sizes
 from onnxprune.settings import default, named_arguments
 
 Mask = NDArray[np.bool_]
@@ -53,6 +54,8 @@ class Prune(Pass, Options):
         ratio: share of units to remove, 0 <= ratio < 1: of every group, or of all together, see ``scope``.
         plan: a plan or its file, replayed instead of scoring.
         approximate: also prune through normalisations, which is not exact.
+        between: passes to run between two of ``steps``, such as ``Finetune("1m")``, on the model at its full size with
+            what was chosen so far at 0; the next step scores the weights behind them. Empty: none.
 
     Further arguments (``layers``, ``scope``, ``policy`` and so on) are those of
     :class:`onnxprune.allocation.settings.Options`; ``onnxprune.prune`` explains them.
@@ -70,6 +73,7 @@ class Prune(Pass, Options):
     _: KW_ONLY
     plan: Plan | str | Path | None = None
     approximate: bool = False
+    between: Sequence[Pass] = ()
 
     def __post_init__(self) -> None:
         self.request, self.replayed  # noqa: B018  # wrong values are errors of the construction
@@ -116,7 +120,7 @@ class Prune(Pass, Options):
         with nullcontext() if self.replayed is None and needs_of(self.score) else paused():
             analysis = self.prepared(context, model)
             with context.stage("cut"):
-                analysis, removed, parts, selector = self._cut(context, analysis)
+                analysis, removed, parts, selector, trainings = self._cut(context, model, analysis)
         criterion = self.name if self.replayed is None else self.replayed.criterion
         plan = make_plan(analysis, removed, criterion)
         plan.factorized, plan.branches = model.plan.factorized, model.plan.branches
@@ -131,7 +135,7 @@ class Prune(Pass, Options):
             hold_out=None,
         )
         selection = {} if selector is None else selector.settings
-        settings = Settings({"criterion": criterion, **selection})
+        settings = Settings({"criterion": criterion, **selection, **describe_between(trainings)})
         return PassResult(pruned, [settings, *describe_removal(context, pruned, selector)])
 
     def by(self, criterion: str | Criterion) -> Prune:
@@ -162,15 +166,28 @@ class Prune(Pass, Options):
         check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
         return analysis
 
-    def _cut(self, context: Context, analysis: Analysis) -> tuple[Analysis, Mask, ModelParts, Selector | None]:
+    def _cut(
+        self, context: Context, model: Model, analysis: Analysis
+    ) -> tuple[Analysis, Mask, ModelParts, Selector | None, list[Finetuning]]:
         """Prune; a node without a form at the new sizes is frozen, and the units are chosen again."""
         seconds: dict[str, float] = {}
+        trainings: list[Finetuning] = []
+
+        def retrain(current: Analysis, removed: Mask) -> Analysis:
+            new, facts = train_pruned(context, model, current, removed, self.between)
+            trainings.extend(facts)
+            return new
+
         for _ in range(len(analysis.graph.nodes) + 1):
             selector = None
             if self.replayed is not None:
                 analysis, mask = read_plan(analysis, self.replayed)
             else:
-                selector = Selector(context, analysis, self.request, self.score, self.name, seconds)
+                # Units that are chosen again have been trained for before.
+                trains = self.between and not trainings
+                selector = Selector(
+                    context, analysis, self.request, self.score, self.name, seconds, retrain if trains else None
+                )
                 analysis = selector.analysis
                 if not selector.ratios:
                     raise BudgetError("No channel of this model can be removed.", hint=reasons(analysis))
@@ -178,8 +195,10 @@ class Prune(Pass, Options):
             try:
                 if selector is not None:
                     mask = selector()
+                    analysis = selector.analysis
+                    analysis = analysis.with_digest_of(context.analysis) if trainings else analysis
                 removed = removed_atoms(analysis.units, mask)
-                return analysis, removed, cut_model(analysis, removed), selector
+                return analysis, removed, cut_model(analysis, removed), selector, trainings
             except CannotRewrite as stop:
                 # Feature maps of a model that is pruned in several steps are captured in the pruned model.
                 attempted = removed if removed.any() or selector is None else selector.removed

@@ -274,14 +274,22 @@ def _slices(analysis: Analysis, owner: Ids, name: str, training: Training) -> li
     for label in analysis.table.get(name):
         ids = owner[analysis.units.component[label.ids]]
         fits = len(label.ids.shape) == len(shape) and all(n in (1, m) for n, m in zip(ids.shape, shape, strict=True))
-        roles = {_role(analysis, node, i, shape, label.axes) for node, i in graph.consumers.get(name, ())}
+        roles = {weight_role(analysis, node, i, shape, label.axes) for node, i in graph.consumers.get(name, ())}
         if fits and (ids >= 0).any() and len(roles) == 1 and "" not in roles:
             result.append(Slice(stored, ids, *roles))
     return result
 
 
-def _role(analysis: Analysis, node: Node, i: int, shape: Sequence[int], axes: Sequence[int]) -> str:
-    """Return what a weight does with the units that lie along some of its axes; empty where that is not known."""
+def weight_role(analysis: Analysis, node: Node, i: int, shape: Sequence[int], axes: Sequence[int]) -> str:
+    """Return what a weight does with the units that lie along some of its axes; empty where that is not known.
+
+    Args:
+        analysis: analysis of the model.
+        node: operator that reads the weight.
+        i: position of the input.
+        shape: shape of the weight.
+        axes: axes that the units lie along.
+    """
     rule = rule_of(node)
     if rule.statistics:
         return SCALES if i == Scale.weight else SHIFTS

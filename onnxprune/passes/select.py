@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +74,8 @@ class Selector:
         request: settings of the allocation.
         criterion, name: the criterion and its name.
         seconds: kept from one choice to the next: time of every node, filled where ``cost`` asks for it.
+        retrain: called between steps with the analysis and the mask over removed atoms; returns the analysis of the
+            same graph with other weights, which later steps score. None: the weights stay.
 
     Attributes:
         ratios: the ratio asked for each group, None where it is excluded.
@@ -91,8 +93,9 @@ class Selector:
         criterion: Criterion,
         name: str,
         seconds: dict[str, float] | None = None,
+        retrain: Callable[[Analysis, Mask], Analysis] | None = None,
     ) -> None:
-        self.context, self.request = context, request
+        self.context, self.request, self._retrain = context, request, retrain
         self.analysis = analysis = analysis.with_reshape_axis(request.reshape_axis)
         self.criterion, self.name = criterion, name
         self.needs = needs_of(criterion)
@@ -131,6 +134,9 @@ class Selector:
             removed = self.analysis.units.close(mask) if mask.any() else None
             if removed is not None:
                 self.removed = np.asarray(removed[self.analysis.units.component])
+                if self._retrain is not None:
+                    new = self._retrain(self.analysis, self.removed)
+                    self.analysis = new.with_reshape_axis(self.request.reshape_axis)
             self._last = self._rank(removed, i / steps, weighed)
             mask = choose(self.analysis, self.request, self._last, self.rounding)
         self._warn(mask)

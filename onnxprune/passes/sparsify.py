@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -16,11 +16,12 @@ from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.graph.inference import probe_at
 from onnxprune.io.write import assemble
 from onnxprune.labels.atoms import Reason
+from onnxprune.passes.between import describe_between, run_between
 from onnxprune.passes.gradients import score_gradients
 from onnxprune.passes.grams import Reader, input_grams
 from onnxprune.passes.prepared import Prepared
 from onnxprune.pipeline import Context, Model, Pass, PassResult
-from onnxprune.report.facts import Fact, Settings, Sizes, Sparsification, SparsifiedLayer
+from onnxprune.report.facts import Fact, Finetuning, Settings, Sizes, Sparsification, SparsifiedLayer
 from onnxprune.runtime.sessions import spread
 from onnxprune.settings import named_arguments
 from onnxprune.sparsification import scores as score
@@ -45,6 +46,7 @@ class Sparsify(Pass, Options):
 
     Args:
         pattern: ``unstructured``, N:M such as ``2:4``, or blocks NxM such as ``4x1``, outputs times input channels.
+        between: passes to run between two of ``steps``, such as ``Finetune("1m")``, in which zeros stay 0. Empty: none.
 
     ``criterion`` (``obs`` with data, else ``magnitude``), ``ratio`` (0.5) or ``energy``, ``layers``, ``include``,
     ``exclude``, ``scope``, ``steps`` and ``schedule`` are explained at
@@ -57,6 +59,7 @@ class Sparsify(Pass, Options):
     """
 
     pattern: str = "unstructured"
+    between: Sequence[Pass] = ()
 
     def __post_init__(self) -> None:
         self.request  # noqa: B018  # wrong values are errors of the construction
@@ -71,8 +74,11 @@ class Sparsify(Pass, Options):
         criterion = self.request.scored_by(context.calibration is not None)
         with context.stage("sparsify"):
             work = _Work.prepare(context, model, self.request, criterion)
+            trainings: list[Finetuning] = []
             for step in range(1, self.request.steps + 1):
                 work.run(self.request.progress(step))
+                if step < self.request.steps and self.between:
+                    trainings += work.train(model, self.between)
             parts = work.model.model()
         records = work.records()
         locked = frozenset(layer.source.root for layer in work.layers)
@@ -83,7 +89,8 @@ class Sparsify(Pass, Options):
             sparsified=tuple(records),
         )
         macs = sum(layer.macs_before for layer in context.analysis.layers)
-        facts: list[Fact] = [Settings(self.request.settings(criterion)), Sparsification(records)]
+        settings = Settings({**self.request.settings(criterion), **describe_between(trainings)})
+        facts: list[Fact] = [settings, Sparsification(records)]
         if not model.is_pruned and not model.is_factorized:
             facts.append(Sizes(params_before=context.analysis.parameters, macs_before=macs, macs_after=macs))
         return PassResult(sparse, facts)
@@ -139,6 +146,17 @@ class _Work:
         for layer, (matrix, error) in zip(self.layers, new, strict=True):
             layer.write(self.model.weights, matrix)
             self.errors[layer.name] = error
+
+    def train(self, model: Model, passes: Sequence[Pass]) -> list[Finetuning]:
+        """Run passes on the model as it is now, in which zeros stay 0; return what the trainings found out."""
+        locked = model.locked | {layer.source.root for layer in self.layers}
+        present = model.with_parts(self.model.model(), as_pruned=model.as_pruned or model.parts, locked=locked)
+        trained, facts = run_between(self.context, present, passes)
+        self.model = Prepared(*trained.parts)
+        self.scan = scan_layers(self.analysis, self.model)
+        by_name = {layer.name: layer for layer in self.scan.layers}
+        self.layers = [by_name[layer.name] for layer in self.layers]
+        return facts
 
     def _scorer(self) -> _Scorer:
         """Capture what the criterion needs of the model as it is now."""

@@ -100,7 +100,9 @@ def _sites(graph: StaticGraph, parameters: Parameters) -> dict[str, tuple[Form, 
             form = rule.form(node, shapes, data)
             if form is None or form.weight != w:
                 continue
-            if _pays(form, graph.constants[name], graph.shapes[node.inputs[data]]) and not _is_locked(parameters, name):
+            if _pays(form, graph.constants[name], graph.shapes[node.inputs[data]]) and not _is_locked(
+                parameters, name, form
+            ):
                 result[name] = form, node.inputs[data]
     return result
 
@@ -113,9 +115,15 @@ def _pays(form: Form, weight: Array, data: Sequence[int]) -> bool:
     return bool(2 * columns <= _SHARE * form.count(data) or parts * columns * columns * outputs <= _SMALL)
 
 
-def _is_locked(parameters: Parameters, name: str) -> bool:
-    """Return whether some elements of a weight stay 0: steps along other axes than its own would move them."""
-    return parameters.zeros is not None and bool(parameters.zeros[parameters.spans[name]].any())
+def _is_locked(parameters: Parameters, name: str, form: Form) -> bool:
+    """Return whether single elements of a weight stay 0: steps along other axes than its own would move them.
+
+    Whole outputs are apart from the others in these coordinates, and so are inputs that are 0 themselves.
+    """
+    if parameters.zeros is None:
+        return False
+    zeros = form.matrix(parameters.zeros[parameters.spans[name]].reshape(parameters.shapes[name]))
+    return bool((zeros & ~zeros.all(axis=1, keepdims=True) & ~zeros.all(axis=2, keepdims=True)).any())
 
 
 def _gram(form: Form, data: Array) -> Array:
