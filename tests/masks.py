@@ -23,7 +23,8 @@ SUMS = {
     "Conv": (0,), "ConvTranspose": (0,), "ConvInteger": (0,), "DeformConv": (0,),
     "LinearAttention": (0, 1), "Gemm": (0, 1), "MatMul": (0, 1), "Einsum": (0, 1, 2, 3),
     "ReduceSum": (0,), "ReduceSumSquare": (0,), "ReduceL1": (0,), "ReduceL2": (0,), "LpNormalization": (0,),
-    "ReduceMean": (0,), "RMSNormalization": (0,), "SimplifiedLayerNormalization": (0,),
+    "ReduceMean": (0,), "GlobalAveragePool": (0,), "GlobalLpPool": (0,),
+    "RMSNormalization": (0,), "SimplifiedLayerNormalization": (0,),
     "LayerNormalization": (0,), "SkipLayerNormalization": (0, 1, 4), "SkipSimplifiedLayerNormalization": (0, 1, 3),
 }  # fmt: skip
 """Operators that sum over channels, and the inputs they sum."""

@@ -13,6 +13,7 @@ from onnxprune.labels.algebra import Shape, broadcast
 from onnxprune.labels.atoms import Reason
 from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step
+from onnxprune.operators.normalization import Reduce, ReduceMean
 from onnxprune.operators.operands import Values, where_known, windows
 from onnxprune.operators.registry import Rule, register, with_facts
 
@@ -174,9 +175,28 @@ class Average(Local):
     averages = True
 
 
-register("", "LpPool", "GlobalLpPool", rule=Local())
+class GlobalNorm(Reduce):
+    """The norm over all positions, which may be channels: positions that are 0 leave it as it is."""
+
+    def axes(self, step: Step) -> list[int] | None:
+        """Return all axes behind the channels."""
+        return list(range(2, len(step.shape(0))))
+
+    @where_known
+    def infer(self, node: Node, shapes: list[Any], values: Values) -> list[Any] | None:
+        """Return size 1 along all axes behind the channels."""
+        return [(*shapes[0][:2], *(1,) * (len(shapes[0]) - 2))]
+
+
+class GlobalAverage(GlobalNorm, ReduceMean):
+    """The mean over all positions: of tokens, each a channel of [N, tokens, channels], it is that over channels."""
+
+
+register("", "LpPool", rule=Local())
+register("", "GlobalLpPool", rule=GlobalNorm(contraction=True))
 register("", "GlobalMaxPool", rule=Largest())
-register("", "AveragePool", "GlobalAveragePool", rule=Average())
+register("", "AveragePool", rule=Average())
+register("", "GlobalAveragePool", rule=GlobalAverage(contraction=True))
 register("", "Resize", "Upsample", rule=Resize())
 register("", "GridSample", rule=GridSample())
 register("", "RoiAlign", rule=RoiAlign())

@@ -170,7 +170,16 @@ def variance_of_squares(net: Net, x: str) -> str:
     return net.op("Mul", net.op("Div", net.op("Sub", x, mean), rooted(net, x, spread)), net.weight(6))
 
 
+def pooled_layer_norm(net: Net, x: str) -> str:
+    """Means over channels as pooling over all positions behind axis 1, as converters of TensorFlow Lite write them."""
+    centred = net.op("Sub", x, net.op("GlobalAveragePool", x))
+    spread = net.op("Add", net.op("GlobalAveragePool", net.op("Mul", centred, centred)), net.const(0.1, net.dtype))
+    return net.op("Add", net.op("Mul", net.op("Div", centred, net.op("Sqrt", spread)), net.weight(6)), net.weight(6))
+
+
 EXPORTED = {
+    "pooled LayerNorm": pooled_layer_norm,
+    "pooled norm": lambda net, x: net.op("Div", x, net.op("GlobalLpPool", x, p=2)),
     "scale of 1 + weight": lambda net, x: net.op(
         "Mul", net.op("Div", x, rooted(net, x)), net.op("Add", net.weight(6), net.const(1.0, net.dtype))
     ),
