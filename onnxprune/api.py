@@ -23,6 +23,7 @@ from onnxprune.passes import (
     Adopt,
     Depth,
     Exact,
+    Experts,
     Factorize,
     Finetune,
     Flush,
@@ -73,6 +74,7 @@ def prune(
     depth: float | str | None = None,
     rotate: str = "auto",
     keep_cache: bool = False,
+    experts: float | None = None,
     vocabulary: Any = None,
     keep_ids: bool = False,
     tokenizer: str | Path | None = None,
@@ -136,7 +138,7 @@ def prune(
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
             [channels]; some need ``data``. None: ``ziplm`` with data, else ``l2``.
         ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3, or
-            no units where ``depth`` or ``vocabulary`` is given.
+            no units where ``depth``, ``experts`` or ``vocabulary`` is given.
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`; or ``"auto"``: as many
             as ``target`` is best met with. None: none.
@@ -145,6 +147,8 @@ def prune(
             faithful with it; not with ``quick`` effort, see :class:`onnxprune.passes.Rotate`.
         keep_cache: leave inputs and outputs for the caches of branches that ``depth`` removes, each output being the
             input; False: they go as well.
+        experts: experts to remove from every mixture, a number from 1 or a share, 0 < share < 1, never below the number
+            that is chosen per token, see :class:`onnxprune.passes.Experts`. None: none.
         vocabulary: tokens to keep, the others leave embeddings and logits: ids, a text or JSON file of ids, ``"auto"``
             for those in ``data``, or {input: one of these}, see :class:`onnxprune.passes.Vocabulary`. None: all.
         keep_ids: let the inputs of a model with a smaller vocabulary take ids of the original; False.
@@ -279,9 +283,10 @@ def prune(
         tuned, between = _split(tuned, steps)
         first = replace(first, between=between)
     shorter = _shortening(depth, first, validate, which)
+    chosen = _experts(experts, first, validate, {"include": include, "exclude": exclude})
     words = _vocabulary(vocabulary, keep_ids, tokenizer, first, validate)
     asked = ratio is not None or layers or spec.any or remove_dead
-    if (shorter or words) and not (asked or _lists_more(first.replayed)):
+    if (shorter or words or chosen) and not (asked or _lists_more(first.replayed)):
         first = None
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
@@ -289,8 +294,8 @@ def prune(
     locks = _locking(pattern_lock, mode_and_reason[0], tuned)
     later = [*trained, *_quantizing(quantize)]
     turned = _rotation(rotate, first, mode, data is not None and validate and effort != "quick", spec)
-    stages = [*turned, *locks, *shorter, *_stages(first, mode_and_reason, validate, validate and latency, later)]
-    if words and first is None and not shorter:
+    stages = [*turned, *locks, *shorter, *chosen, *_stages(first, mode_and_reason, validate, validate and latency, later)]
+    if words and first is None and not (shorter or chosen):
         stages = [*_quantizing(quantize), Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
     stages = [*words, *stages]
     stages = [Flush(), *stages] if remove_dead else stages  # what is next to 0 may be all that a unit has
@@ -379,6 +384,19 @@ def _shortening(depth: float | str | None, first: Any, validate: bool, which: di
     if plan is not None and plan.branches:
         return [Depth(plan=plan, check=validate)]
     return [] if depth is None or isinstance(depth, str) else [Depth(depth, check=validate, **which)]
+
+
+def _experts(amount: float | None, first: Any, validate: bool, which: dict[str, Any]) -> list[Experts]:
+    """Return the removal of experts that was asked for, if any; raises UsageError beside a budget."""
+    plan = first.replayed if isinstance(first, Prune) else None
+    if plan is not None and plan.experts:
+        return [Experts(plan=plan, check=validate)]
+    if amount is not None and not isinstance(first, Prune):
+        raise UsageError(
+            f"{argument('experts', amount)} sets how much to remove, and so does a budget or {argument('remove_dead')}",
+            hint="Remove experts first, and give the result to a second run.",
+        )
+    return [] if amount is None else [Experts(amount, check=validate, **which)]
 
 
 def _vocabulary(

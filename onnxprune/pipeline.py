@@ -581,8 +581,8 @@ class Model:
 
     @property
     def is_shortened(self) -> bool:
-        """Whether any residual branch was removed."""
-        return bool(self.plan.branches)
+        """Whether any residual branch, or any expert, was removed."""
+        return bool(self.plan.branches or self.plan.experts)
 
     @property
     def is_reduced(self) -> bool:
@@ -785,6 +785,7 @@ _BUILT_IN: dict[str, Any] = {
     "prune": "onnxprune.passes.prune:Prune",
     "factorize": "onnxprune.passes.factorize:Factorize",
     "exact": "onnxprune.passes.exact:Exact",
+    "experts": "onnxprune.passes.experts:Experts",
     "finetune": "onnxprune.passes.finetune:Finetune",
     "flush": "onnxprune.passes.flush:Flush",
     "quantize": "onnxprune.passes.quantize:Quantize",

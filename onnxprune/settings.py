@@ -266,6 +266,26 @@ class BranchAmount(Kind):
         return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
 
 
+class Experts(Kind):
+    """A number of experts per mixture, or a share of them."""
+
+    metavar = "N|R"
+    allowed = "a whole number from 1, or a share 0 < R < 1"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked number (int) or share (float); raises UsageError."""
+        if _is_whole(value) and value >= 1:
+            return int(value)
+        if _is_whole(value) or not _is_number(value) or not 0 < value < 1:
+            hint = "Give how many experts to remove from every mixture, for example 2, or the share, for example 0.25."
+            raise UsageError(f"{name}: {value} is not allowed", hint=hint)
+        return float(value)
+
+    def parse(self, text: str, name: str) -> Any:
+        """Parse the number or share of a text."""
+        return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
+
+
 class Tokens(Kind):
     """Ids of tokens, a file of them, or ``auto``; by input where several hold ids."""
 
@@ -1060,6 +1080,16 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         conflicts=_PLAN,
         brief="Let caches of a decoder shrink.",
+    ),
+    Setting(
+        "experts",
+        Experts(),
+        f"Remove experts of every mixture, so many or this share, but leave as many as are chosen per token: by "
+        f"routing weight times output norm on {argument('data')}, else by weight norm. Channels stay unless "
+        f"{argument('ratio')} is given too.",
+        {"prune": AMOUNT},
+        conflicts=("plan", "budget"),
+        brief="Experts to remove: a number or a share.",
     ),
     Setting(
         "vocabulary",

@@ -68,6 +68,14 @@ class PlanBranch:
 
 
 @dataclass(slots=True)
+class PlanExperts:
+    """Experts that are removed from one mixture: the first output of the node that chooses, and their numbers."""
+
+    choice: str
+    removed: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class PlanVocabulary:
     """The tokens that are left: ids of the input model, rising, the place of each being its new id.
 
@@ -124,6 +132,7 @@ class Plan:
     version: int = VERSION
     factorized: list[PlanFactors] = field(default_factory=list)
     branches: list[PlanBranch] = field(default_factory=list)
+    experts: list[PlanExperts] = field(default_factory=list)
     resize_io: list[str] = field(default_factory=list)
     vocabulary: PlanVocabulary | None = None
     rotations: list[PlanRotation] = field(default_factory=list)
@@ -142,11 +151,11 @@ class Plan:
         for branch in data["branches"]:
             if not branch["keep_cache"]:
                 del branch["keep_cache"]
-        for name in ("rotations", "branches", "resize_io", "factorized", "vocabulary"):
+        for name in ("rotations", "branches", "experts", "resize_io", "factorized", "vocabulary"):
             if not data[name]:
                 del data[name]
-        first = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "rotations", "branches", "groups")
-        names = (*first, "barriers", "factorized")
+        start = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "rotations", "branches")
+        names = (*start, "experts", "groups", "barriers", "factorized")
         return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:

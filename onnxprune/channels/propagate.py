@@ -11,6 +11,7 @@ from onnxprune.graph.facts import Facts
 from onnxprune.graph.view import Graph, Node
 from onnxprune.labels.algebra import broadcast
 from onnxprune.labels.atoms import Atoms, Reason
+from onnxprune.labels.label import covering
 from onnxprune.operators.context import Opened, Step, Table, without_axis
 from onnxprune.operators.registry import NoRule, lookup
 
@@ -39,6 +40,8 @@ def push_labels(
     caches = [c for c in find_caches(graph) if c.past in resizable and c.present in resizable] if resizable else []
     spans = _spans_of_inputs(graph, facts, approximate, resizable, caches) if resizable else {}
     table = _pushed(Table(graph, facts, Atoms(), approximate, spans, opened))
+    for axes in table.opened.tied:
+        _tie_axes(table, axes)
     for name in graph.outputs:
         if name not in resizable:
             _freeze(table, name, Reason.GRAPH_OUTPUT, "a graph output keeps its shape")
@@ -48,6 +51,18 @@ def push_labels(
         if name in graph.producer or name in graph.weights:
             _freeze(table, name, Reason.CAPTURED_BY_SUBGRAPH, f"the body of a control-flow node reads {name!r}")
     return table
+
+
+def _tie_axes(table: Table, axes: Sequence[tuple[str, int]]) -> None:
+    """Unite the positions of some axes; where one of them has none, the others keep their size."""
+    labels = [covering(table.get(name), axis) for name, axis in axes]
+    plain = [label for label in labels if label is not None and not label.is_grid]
+    why = table.atoms.barrier(Reason.UNLABELLED_OPERAND, axes[0][0], "", "positions of another tensor are the same")
+    for label in plain:
+        if len(plain) < len(axes) or label.ids.size != plain[0].ids.size:
+            table.atoms.freeze(label.ids, why)
+        else:
+            table.atoms.unite(plain[0].ids.ravel(), label.ids.ravel())
 
 
 def _pushed(table: Table) -> Table:

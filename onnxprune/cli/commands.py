@@ -225,7 +225,7 @@ def _cut(options: CommandOptions, screen: Screen) -> Any:
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
 
     arguments = dict(options.arguments)
-    structure = (options.depth, options.vocabulary)
+    structure = (options.depth, options.experts, options.vocabulary)
     only_structure = any(x is not None for x in structure) and "ratio" not in options.typed
     if options.has_budget or options.plan is not None or only_structure or options.remove_dead:
         arguments["ratio"] = None
@@ -271,7 +271,8 @@ def _try_smaller(options: CommandOptions, screen: Screen, report: Report, took: 
         options.has_budget or options.plan is not None or options.layers or options.dry_run or options.data is None
     )
     decided = decided or options.depth is not None or options.remove_dead
-    decided = decided or options.vocabulary is not None or options.effort == "quick"
+    decided = decided or options.vocabulary is not None or options.experts is not None
+    decided = decided or options.effort == "quick"
     if decided or verdict is None or verdict.word == "faithful" or report.interrupted:
         return
     each, begin = took - report.seconds.get("latency", 0.0), monotonic()

@@ -58,10 +58,15 @@ class Opened:
     Attributes:
         lookups: (first output of an operator, input) of tables that lose rows: their index is renumbered.
         outputs: outputs of the model whose last axis may lose positions.
+        choices: first outputs of operators that choose, or take shares, among positions that may go as if they had the
+            least score.
+        tied: axes with the same positions, (tensor, axis) of each.
     """
 
     lookups: frozenset[tuple[str, int]] = frozenset()
     outputs: frozenset[str] = frozenset()
+    choices: frozenset[str] = frozenset()
+    tied: tuple[tuple[tuple[str, int], ...], ...] = ()
 
 
 class Table:
@@ -283,12 +288,17 @@ class Step:
         """Return whether input ``i`` is a table whose index is renumbered with its rows."""
         return (self.node.outputs[0], i) in self.table.opened.lookups
 
-    def without_rows(self, labels: Labels) -> Labels:
-        """Return the labels of a table that may lose rows without those of its rows, which are looked up."""
-        rows = covering(labels, 0)
+    @property
+    def may_lose_choices(self) -> bool:
+        """Whether the operator chooses among positions that may go, or takes shares of them."""
+        return self.node.outputs[0] in self.table.opened.choices
+
+    def without_rows(self, labels: Labels, axis: int = 0) -> Labels:
+        """Return the labels of a tensor that may lose positions along an axis without those, which are looked up."""
+        rows = covering(labels, axis)
         if rows is None or not rows.is_grid:
             return labels if rows is None else drop(labels, rows)
-        return self.drop_axis(labels, 0, Reason.FIXED_SIZE, "rows of this table are looked up by index")
+        return self.drop_axis(labels, axis, Reason.FIXED_SIZE, "rows of this table are looked up by index")
 
     def approximate(self, labels: Labels, axis: int) -> bool:
         """Return whether normalising over a pruned ``axis`` is enabled; its groups are then marked as not exact."""

@@ -49,6 +49,9 @@ class MoE(Rule):
 
     def propagate(self, step: Step) -> None:
         """Propagate hidden channels as in two products, with a grid of (expert, inner channel) over the weights."""
+        if step.may_lose_choices:
+            _whole_experts(step)
+            return
         last = len(step.shape(0)) - 1
         x = step.labels(0)
         for axis in range(last):
@@ -104,6 +107,17 @@ class MoE(Rule):
         return [None if x is None or w is None else (*x[:-1], w[1])]
 
 
+def _whole_experts(step: Step) -> None:
+    """Tie the scores of experts to the experts of every operand, and keep everything else."""
+    scores, why = step.labels(1), "whole experts go"
+    experts = step.axis_ids(scores, len(step.shape(1)) - 1)
+    step.fix_all_but(scores, (len(step.shape(1)) - 1,), Reason.FIXED_SIZE, why)
+    step.freeze(step.labels(0), Reason.FIXED_SIZE, why)
+    for i in (i for i in range(2, len(step.node.inputs)) if step.has(i)):
+        step.unite(experts, step.axis_ids(step.labels(i), 0), "the experts")
+        step.fix_all_but(step.labels(i), (0,), Reason.FIXED_SIZE, why)
+
+
 class QMoE(Rule):
     """com.microsoft.QMoE, MoE on codes: weights at 2, 5 and 8, scales [E, rows] or [E, rows, blocks] behind each.
 
@@ -117,6 +131,9 @@ class QMoE(Rule):
 
     def propagate(self, step: Step) -> None:
         """Lay a grid of (expert, unit) over every operand with inner channels; freeze every other axis."""
+        if step.may_lose_choices:
+            _whole_experts(step)
+            return
         inner = self._inner(step)
         for i in range(len(step.node.inputs)):
             labels = step.labels(i)

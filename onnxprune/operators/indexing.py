@@ -7,7 +7,7 @@ passes channels where it has the same channels itself: Expand or Tile repeated i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from onnxprune.operators.operands import (
     where_known,
     whole_numbers,
 )
-from onnxprune.operators.registry import Move, Read, Rule, register, with_facts
+from onnxprune.operators.registry import Move, Read, Rule, WithoutAddends, register, with_facts
 
 
 class Gather(Rule):
@@ -316,7 +316,8 @@ class GatherElements(_Elements):
         """Select positions that are equal for all other axes; pass the other axes."""
         axis, index = step.axis(), _known(step, 1)
         line = None if index is None else _line(index, axis)
-        labels = self._parted(step, step.labels(0), axis, line)
+        data = step.without_rows(step.labels(0), axis) if step.may_lose_rows(0) else step.labels(0)
+        labels = self._parted(step, data, axis, line)
         selected: Labels = ()
         if line is not None:
             label = covering(labels, axis)
@@ -340,7 +341,12 @@ class ScatterElements(_Elements):
     def propagate(self, step: Step) -> None:
         """Tie written channels to those of the updates; unite the other axes of all three operands."""
         axis, index = step.axis(), _known(step, 1)
-        line = None if index is None else _line(index, axis)
+        line, rows = None if index is None else _line(index, axis), covering(step.labels(0), axis)
+        if step.may_lose_rows(0) and rows is not None and not rows.is_grid:
+            others = (*(x for x in step.labels(0) if x is not rows), *step.labels(1), *step.labels(2))
+            step.freeze(others, Reason.FIXED_SIZE, "positions beside those that are written by index")
+            step.set(0, (rows,))
+            return
         data = self._parted(step, step.labels(0), axis, line)
         updates = self._parted(step, step.labels(2), axis, line)
         if line is not None:
@@ -350,6 +356,14 @@ class ScatterElements(_Elements):
         other_labels = tuple(x for x in updates if x.ids.shape[axis] == 1)
         self._met(step, [self._first(step, data, axis, step.shape(2)), other_labels], axis)
         step.set(0, data)
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return the data and the updates that are added to them."""
+        return (0, 2) if node.attrs.get("reduction", "none") == "add" else ()
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the data where nothing is added to them."""
+        return WithoutAddends([], {node.outputs[0]: node.inputs[0]}) if 0 not in positions else None
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
         """Return the data's shape."""
@@ -563,6 +577,14 @@ class ScatterND(_Slices):
     def rewrite(self, cut: Cut) -> None:
         """Drop entries of removed channels from a known index and renumber it."""
         self._rewrite(cut, cut.node.inputs[2], 0)
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return the data and the updates that are added to them."""
+        return (0, 2) if node.attrs.get("reduction", "none") == "add" else ()
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the data where nothing is added to them."""
+        return WithoutAddends([], {node.outputs[0]: node.inputs[0]}) if 0 not in positions else None
 
     def infer(self, node: Node, shapes: list[Any], values: Any) -> list[Any] | None:
         """Return the data's shape."""

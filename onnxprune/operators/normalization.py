@@ -56,7 +56,7 @@ class OverAxes(Rule):
         """Pass the labels; freeze normalised axes unless pruning them is exact or enabled; tie the rows of grids."""
         labels = step.broadcast([i for i in self.inputs if step.has(i)])
         for axis in self.axes(step):
-            if self.is_exact(step) or (self.approximate and step.approximate(labels, axis)):
+            if step.may_lose_choices or self.is_exact(step) or (self.approximate and step.approximate(labels, axis)):
                 step.tie(labels, axis)
             else:
                 step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} normalises over these channels")
@@ -493,6 +493,8 @@ class Pick(Rule):
                 return
             axis = int(value.ravel()[0])
         axis %= rank
+        if step.may_lose_choices:
+            labels = step.without_rows(labels, axis)
         labels = step.drop_axis(
             labels, axis, Reason.NORMALISED, f"{step.node.op} depends on the position of these channels"
         )

@@ -6,6 +6,7 @@ from onnxprune.errors import UsageError
 from onnxprune.passes.adopt import Adopt
 from onnxprune.passes.depth import Depth
 from onnxprune.passes.exact import Exact
+from onnxprune.passes.experts import Experts
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.finetune import Finetune
 from onnxprune.passes.flush import Flush
@@ -40,6 +41,7 @@ __all__ = [
     "Context",
     "Depth",
     "Exact",
+    "Experts",
     "Factorize",
     "Finetune",
     "Flush",

@@ -29,7 +29,15 @@ def comparable_tensors(context: Context, model: Model) -> Iterator[str]:
     for node in full.nodes:
         # Shapes of factorized layers in Loops are unknown.
         if not (model.is_factorized and markers.repeating(full.around[node.index]) is not None):
-            yield from (o for o in node.outputs if o in graph.producer and o not in unseen)
+            outputs = (o for o in node.outputs if o in graph.producer and o not in unseen)
+            yield from (o for o in outputs if not model.plan.experts or _has_its_size(context, model, o))
+
+
+def _has_its_size(context: Context, model: Model, name: str) -> bool:
+    """Return whether a tensor has the original's size: fewer experts have fewer scores, and get other tokens."""
+    pairs = zip(context.analysis.facts.probes, model.analysis.facts.probes, strict=False)
+    shapes = [(one.shapes.get(name), other.shapes.get(name)) for one, other in pairs]
+    return all(one is not None and None not in one and one == other for one, other in shapes)
 
 
 def inside(analysis: Analysis, now: Callable[[str], Any] | None = None) -> dict[str, Inner]:

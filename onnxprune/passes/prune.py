@@ -123,7 +123,7 @@ class Prune(Pass, Options):
                 analysis, removed, parts, selector, trainings = self._cut(context, model, analysis)
         criterion = self.name if self.replayed is None else self.replayed.criterion
         plan = make_plan(analysis, removed, criterion)
-        plan.factorized, plan.branches = model.plan.factorized, model.plan.branches
+        plan.factorized, plan.branches, plan.experts = model.plan.factorized, model.plan.branches, model.plan.experts
         pruned = model.with_parts(
             parts,
             analysis=analysis,

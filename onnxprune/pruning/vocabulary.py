@@ -268,17 +268,41 @@ def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept: Kept, cut_
     Raises:
         BudgetError: an output, or a body that cannot be seen into, reads the ids.
     """
+    model, weights = renumbered_ids(parts, tables.lookups, tables.inputs, facts, kept, tables.size)
+    for output in model.graph.output:
+        dims = output.type.tensor_type.shape.dim
+        if output.name in cut_outputs and dims and dims[-1].HasField("dim_value"):
+            dims[-1].dim_value = kept.size
+    return model, weights
+
+
+def renumbered_ids(
+    parts: Parts, lookups: Sequence[Lookup], names: Sequence[str], facts: Facts, kept: Kept, size: int
+) -> Parts:
+    """Return a model in which some tensors hold new ids: lookups take them, other readers those of the original.
+
+    Args:
+        parts: the model; changed weights are added to it.
+        lookups: where positions are picked by the new ids.
+        names: tensors of ids.
+        facts: types of the original's tensors.
+        kept: ids that are left.
+        size: number of ids of the original.
+
+    Raises:
+        BudgetError: an output, or a body that cannot be seen into, reads the ids.
+    """
     graph = Graph.of(*parts)
-    holds = ids_of(graph, facts, tables.inputs)
+    holds = ids_of(graph, facts, names)
     outside = next((n for n in (*graph.outputs, *graph.captured) if n in holds), None)
     if outside is not None:
         raise BudgetError(
-            f"The vocabulary cannot be cut: {outside!r} hands the ids on, and they would be other ones.",
+            f"{outside!r} hands on numbers of tokens or experts, which would be other ones.",
             hint="Remove that output of the model.",
         )
-    wanted = {(x.output, x.index) for x in tables.lookups}
+    wanted = {(x.output, x.index) for x in lookups}
     front = _front(*parts, kinds_of(parts[0], facts))
-    order = np.full(tables.size, kept.size, np.int64)
+    order = np.full(size, kept.size, np.int64)
     order[kept] = np.arange(kept.size)
     for node in graph.nodes:
         proto = onnx.NodeProto()
@@ -291,10 +315,6 @@ def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept: Kept, cut_
                 proto.input[i] = front.gather("original_ids", kept, name)
         front.nodes.append(proto)
     front.model.graph.node.extend(front.nodes)
-    for output in front.model.graph.output:
-        dims = output.type.tensor_type.shape.dim
-        if output.name in cut_outputs and dims and dims[-1].HasField("dim_value"):
-            dims[-1].dim_value = kept.size
     return front.model, front.weights
 
 

@@ -121,6 +121,23 @@ class VocabularyFacts:
 
 
 @dataclass(slots=True)
+class ExpertFacts:
+    """A mixture of experts: the node that chooses, how many there are and how many are chosen per token.
+
+    ``removed``: numbers of those that went; ``scores``: of all, the least first to go; empty where a plan decided.
+    ``params``: elements of weights that went. ``reason``: why none went, or fewer than asked.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    removed: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    params: int = 0
+    reason: str = ""
+
+
+@dataclass(slots=True)
 class MetricFacts:
     """A user's metric of the original and of the final model, higher is better."""
 
@@ -717,6 +734,8 @@ class Report:
     """Every residual branch, the removed ones first, in the order of their removal; empty where none was asked for."""
     resized: list[ResizedTensor] = field(default_factory=list)
     """Inputs and outputs of the model that lost channels; empty where all keep their sizes."""
+    experts: list[ExpertFacts] = field(default_factory=list)
+    """Every mixture of experts; empty where none was asked for."""
     vocabulary: VocabularyFacts | None = None
     """The tokens that are left; null where none were removed."""
     rotations: list[RotatedStream] = field(default_factory=list)
@@ -904,6 +923,13 @@ class Rotated:
 
 
 @dataclass(frozen=True, slots=True)
+class WithoutExperts:
+    """Every mixture of a model that experts were removed from."""
+
+    mixtures: list[ExpertFacts]
+
+
+@dataclass(frozen=True, slots=True)
 class Factorization:
     """Every layer that a factorization looked at, and whether new layers compute the product of their weights."""
 
@@ -1015,6 +1041,7 @@ Fact = (
     | Pruned
     | Shortened
     | Rotated
+    | WithoutExperts
     | Factorization
     | Sparsification
     | ZerosFacts
@@ -1066,6 +1093,8 @@ def _add(report: Report, fact: Fact) -> None:
             report.branches = branches
         case Rotated(streams):
             report.rotations = streams
+        case WithoutExperts(mixtures):
+            report.experts = mixtures
         case Factorization(layers=factorized, product=product):
             report.factorized, report.product = factorized, product
         case Sparsification(layers=sparsified):

@@ -31,7 +31,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += tables.dead(report.dead)
     recovered = tables.summary(report)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
-    lines += tables.vocabulary_line(report.vocabulary)
+    lines += [*tables.vocabulary_line(report.vocabulary), *tables.experts_line(report.experts)]
     lines += [
         *tables.rotated(report.rotations),
         *tables.branches_line(report.branches),

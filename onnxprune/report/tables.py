@@ -21,6 +21,7 @@ from onnxprune.report.facts import (
     BudgetFacts,
     DeadChannels,
     Exactness,
+    ExpertFacts,
     FactorizedLayer,
     Fidelity,
     Finetuning,
@@ -372,6 +373,18 @@ def resized_line(facts: Sequence[ResizedTensor]) -> list[Text]:
     more = f" and {len(changes) - 3} other shapes" if len(changes) > 3 else ""
     first = ", ".join(one.name for one in facts[:2]) + (", ..." if len(facts) > 2 else "")
     return [Text.assemble(("resized   ", "bold"), f"{', '.join(texts)}{more} ({first})")]
+
+
+def experts_line(facts: Sequence[ExpertFacts]) -> list[Text]:
+    """Return one line on removed experts: how many of how many, in how many mixtures, and what they held."""
+    if not facts:
+        return []
+    removed, every = sum(len(one.removed) for one in facts), sum(one.experts for one in facts)
+    params = numbers.count(sum(one.params for one in facts))
+    where = "1 mixture" if len(facts) == 1 else f"{len(facts)} mixtures"
+    fewer = "; ".join(dict.fromkeys(one.reason for one in facts if one.reason))
+    said = f"{removed} of {every} removed in {where}, {params} parameters{f' ({fewer})' if fewer else ''}"
+    return [Text.assemble(("experts   ", "bold"), said)]
 
 
 def vocabulary_line(facts: VocabularyFacts | None) -> list[Text]:
