@@ -34,8 +34,8 @@ class MoE(Rule):
     """com.microsoft.MoE: tokens [..., H] in and out, scores [tokens, E], weights and biases of up to three layers.
 
     The first and third weights are [E, I, H] (the first of twice the width with a fused gate), the second [E, H, I].
-    Every expert loses inner channels of its own, the same number each; no expert is removed, since the router would
-    choose differently among fewer.
+    Every expert loses inner channels of its own, the same number each; whole experts go only where the choice is opened
+    (:mod:`onnxprune.pruning.experts`), since the router chooses differently among fewer.
     """
 
     weights = (FIRST, SECOND, THIRD)

@@ -60,6 +60,12 @@ class Adopt(Pass):
                 "This plan factorizes layers as well, and such a model cannot be recovered afterwards",
                 hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
             )
+        if self.plan.experts or self.plan.vocabulary is not None:
+            what = "experts" if self.plan.experts else "tokens"
+            raise UsageError(
+                f"This plan removes {what} as well, and such a model cannot be recovered afterwards",
+                hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
+            )
         shown: list[Fact] = []
         if self.plan.branches:
             work = Shortening(context)

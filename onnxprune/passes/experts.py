@@ -264,6 +264,9 @@ class _Work:
         context, loaded = self.context, self.original.loaded
         parts: ModelParts = loaded.proto, loaded.weights
         gone = [t.tensor for m, experts in removed for t in m.terms if m.are_terms and t.expert in experts]
+        for node in self.graph.steps if gone else ():  # a sum of removed experts alone is a term that goes as a whole
+            addends = [node.inputs[i] for i in rule_of(node).addends(node) if i < len(node.inputs)]
+            gone += [rule_of(node).total(node)] if addends and set(addends) <= set(gone) else []
         if gone:
             scan = Branches(self.graph, self.original.facts)
             stubs = [Branch(name, "", "", "", frozenset(), (), (), 0, 0) for name in gone]
