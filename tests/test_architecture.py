@@ -205,8 +205,10 @@ PATTERNS = {
     "recovery.attention": {"Mul", "Div"},
     "recovery.targets": {"Add"},
     "pruning.branches": {"Relu"},
+    "pruning.experts": {"TopK", "Equal", "OneHot", "Gather", "Slice", "Transpose", "ReduceSum"},
 }
-"""Operators of a pattern that a module looks for: a number compared, a scale, a bias, an activation behind a sum."""
+"""Operators of a pattern that a module looks for: a number compared, a scale, a bias, an activation behind a sum, a
+choice among experts and a question for one of them."""
 OPERATORS = {schema.name for schema in onnx.defs.get_all_schemas()} | {name for _, name in known()}
 
 

@@ -39,6 +39,7 @@ class MoE(Rule):
     """
 
     weights = (FIRST, SECOND, THIRD)
+    routes = 1
 
     def macs(self, node: Node, shapes: Sequence[Any], out: Any) -> Any:
         """Count the layers of ``k`` experts per token, whose weights are [experts, ...]."""
@@ -126,6 +127,7 @@ class QMoE(Rule):
     """
 
     quantized = True
+    routes = 1
     weights = (2, 5, 8)
     settings = (3, 6, 9, 11, 12, 13)
 

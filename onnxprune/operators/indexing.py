@@ -44,7 +44,7 @@ class Gather(Rule):
         rank = len(step.shape(1))
         index = step.table.facts.static_value(step.node.inputs[1])
         if step.may_lose_rows(0):
-            labels = step.without_rows(labels)
+            labels = step.without_rows(labels, axis)
         elif covering(labels, axis) is not None and (index is None or rank > 1):
             labels = step.drop_axis(labels, axis, Reason.FIXED_SIZE, "positions of this axis are looked up by index")
         elif index is not None and covering(labels, axis) is not None:
@@ -85,6 +85,10 @@ class Gather(Rule):
         return require_value(values, 0).take(
             require_value(values, 1).astype(np.int64, copy=False), axis=node.attrs.get("axis", 0)
         )
+
+    def picks(self, node: Node, rank: int) -> tuple[int, int, int] | None:
+        """Return the index and the data with the axis."""
+        return 1, 0, int(node.attrs.get("axis", 0)) % rank
 
     def lookups(self, node: Node) -> Sequence[tuple[int, int]]:
         """Return the index and the data, where rows are picked."""
@@ -292,6 +296,10 @@ class _Elements(Rule):
         return broadcast(
             step.atoms, [*((x, full_shape) for x in operands), (index, index_shape)], len(sizes), step.reason
         )
+
+    def picks(self, node: Node, rank: int) -> tuple[int, int, int] | None:
+        """Return the index and the data with the axis."""
+        return 1, 0, int(node.attrs.get("axis", 0)) % rank
 
     def rewrite(self, cut: Cut) -> None:
         """Drop entries of removed channels from a known index and renumber it along its axis."""

@@ -106,6 +106,8 @@ class Rule:
     shapeless: bool = False
     """Whether ``propagate`` supports tensors of unknown rank; the engine does not call other rules on them."""
 
+    routes: int | None = None
+    """Position of the scores by which the operator chooses ``k`` experts for every token; None for other operators."""
     moves: Move | None = None
     """Effect on values of an operator that only moves them; None for one that computes."""
 
@@ -255,6 +257,15 @@ class Rule:
     def lookups(self, node: Node) -> Sequence[tuple[int, int]]:
         """Return pairs of positions: an input of indices, and that of the table whose rows it picks."""
         return ()
+
+    def picks(self, node: Node, rank: int) -> tuple[int, int, int] | None:
+        """Return the positions of an index and of the data that it picks from, or writes into, and the data's axis.
+
+        Args:
+            node: the node.
+            rank: rank of the data.
+        """
+        return None
 
     def index_limit(self, node: Node, i: int, shapes: Sequence[Any], read: Read) -> int | None:
         """Return the number of positions that the integers of input ``i`` select from; None where they are no indices.

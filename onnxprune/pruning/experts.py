@@ -23,13 +23,10 @@ from onnxprune.io import markers
 from onnxprune.io.constants import add_constant
 from onnxprune.io.weights import Weight
 from onnxprune.operators.context import Opened
-from onnxprune.operators.registry import rule_of
+from onnxprune.operators.registry import Move, lookup, rule_of
 from onnxprune.pruning.vocabulary import Kept, ids_of, kinds_of
 
 Parts = tuple[onnx.ModelProto, dict[str, Weight]]
-FUSED = ("MoE", "QMoE")
-_MS = "com.microsoft"
-_SHARES = ("Softmax", "LogSoftmax")
 # A chain of scores passes few operators between the router's product and the choice.
 _DEEPEST = 12
 _FEWEST = 2
@@ -117,8 +114,9 @@ def find_mixtures(graph: Graph, facts: Facts) -> list[Mixture]:
 
 def _mixture(graph: Graph, facts: Facts, node: Node) -> Mixture | None:
     """Return the mixture of a node that chooses among a fixed number of positions; None for any other."""
-    if node.domain == _MS and node.op in FUSED:
-        scores, axis, top_k, ids = node.inputs[1], 1, int(node.attrs.get("k", 1)), ""
+    routes = rule_of(node).routes
+    if routes is not None:
+        scores, axis, top_k, ids = node.inputs[routes], 1, int(node.attrs.get("k", 1)), ""
     elif node.op == "TopK" and not node.domain and node.attrs.get("largest", 1):
         k = facts.static_value(node.inputs[1]) if len(node.inputs) > 1 else np.asarray(node.attrs.get("k", 0))
         scores, axis, ids = node.inputs[0], int(node.attrs.get("axis", -1)), node.outputs[1]
@@ -131,14 +129,10 @@ def _mixture(graph: Graph, facts: Facts, node: Node) -> Mixture | None:
     if size is None or not 0 < top_k < size or size < _FEWEST or facts.varies(scores, axis) or scores in graph.weights:
         return None
     chain = tuple(_chain(graph, facts, scores, axis, size))
-    shares = [n for t in chain for n, i in graph.consumers.get(t, ()) if n.op in _SHARES and not n.domain and i == 0]
-    taken = tuple(n.outputs[0] for n in shares if _softmax_axis(n, len(shape)) == axis)
+    readers_of_chain = [n for t in chain for n, i in graph.consumers.get(t, ()) if i == 0]
+    taken = tuple(n.outputs[0] for n in readers_of_chain if rule_of(n).score_axis(n, len(shape)) == axis)
     readers = tuple(_readers(graph, facts, ids, size)) if ids else ()
     return Mixture(node.label, node.outputs[0], scores, chain, axis, size, top_k, ids, taken, readers)
-
-
-def _softmax_axis(node: Node, rank: int) -> int:
-    return int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % rank
 
 
 def _chain(graph: Graph, facts: Facts, scores: str, axis: int, size: int) -> Iterator[str]:
@@ -160,14 +154,13 @@ def _readers(graph: Graph, facts: Facts, ids: str, size: int) -> Iterator[Reader
     """Yield the nodes that pick by the numbers of experts in a table, or in scores, with a position for each."""
     holds = ids_of(graph, facts, [ids])
     for node in graph.steps:
-        index = node.inputs[1] if len(node.inputs) > 1 else ""
-        if index not in holds or node.domain:
+        shape = facts.shape(node.inputs[0]) if node.inputs else None
+        place = rule_of(node).picks(node, len(shape)) if shape else None
+        if place is None or shape is None or node.inputs[place[0]] not in holds:
             continue
-        shape = facts.shape(node.inputs[0])
-        axis = int(node.attrs.get("axis", 0)) % max(len(shape or ()), 1)
-        elements = node.op in ("GatherElements", "ScatterElements")
-        if shape and shape[axis] == size and (elements or (node.op == "Gather" and axis == 0)):
-            yield Reader(node.outputs[0], 1, 0, node.inputs[0], axis)
+        index, table, axis = place
+        if shape[axis] == size:
+            yield Reader(node.outputs[0], index, table, node.inputs[table], axis)
 
 
 # -- experts that are terms of sums ------------------------------------------------------------------------------------
@@ -205,9 +198,9 @@ def _find_terms(graph: Graph, facts: Facts, mixture: Mixture) -> None:
 
 def _terms_of(node: Node, bits: Mapping[str, int], mask: int) -> list[tuple[Node, str, int]]:
     """Return the addends of a sum that belong to one expert, where the sum holds others as well or is a scatter."""
-    scatters = node.op in ("ScatterND", "ScatterElements")
-    result = []
-    for i in rule_of(node).addends(node):
+    result, addends = [], tuple(rule_of(node).addends(node))
+    scatters = addends == (0, 2)  # updates are added where the index is
+    for i in addends:
         name = node.inputs[i] if i < len(node.inputs) else ""
         own = bits.get(name, 0)
         is_single = own and own & (own - 1) == 0
@@ -226,7 +219,7 @@ def _stays_hot(facts: Facts, node: Node, hot: dict[str, int], holds: Mapping[str
     if name not in hot or node.domain:
         return False
     axis, shape = hot[name], facts.shape(node.outputs[0])
-    if node.op in ("Cast", "Identity"):
+    if rule_of(node).moves in (Move.SAME, Move.CAST):
         hot[node.outputs[0]] = axis
     elif node.op == "Transpose" and "perm" in node.attrs:
         hot[node.outputs[0]] = list(node.attrs["perm"]).index(axis)
@@ -282,8 +275,7 @@ def masked_experts(
     for mixture, _ in removed:
         for output in (mixture.choice, *mixture.shares):
             node = by_output[output]
-            position = 1 if node.op_type in FUSED and node.domain == _MS else 0
-            wanted[output] = mixture, node.input[position]
+            wanted[output] = mixture, node.input[lookup(node.domain, node.op_type).routes or 0]
     lost = {id(mixture): sorted(experts) for mixture, experts in removed}
     for source in parts[0].graph.node:
         node = onnx.NodeProto()
