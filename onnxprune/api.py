@@ -294,7 +294,13 @@ def prune(
     locks = _locking(pattern_lock, mode_and_reason[0], tuned)
     later = [*trained, *_quantizing(quantize)]
     turned = _rotation(rotate, first, mode, data is not None and validate and effort != "quick", spec)
-    stages = [*turned, *locks, *shorter, *chosen, *_stages(first, mode_and_reason, validate, validate and latency, later)]
+    stages = [
+        *turned,
+        *locks,
+        *shorter,
+        *chosen,
+        *_stages(first, mode_and_reason, validate, validate and latency, later),
+    ]
     if words and first is None and not (shorter or chosen):
         stages = [*_quantizing(quantize), Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
     stages = [*words, *stages]
