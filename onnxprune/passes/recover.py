@@ -42,7 +42,7 @@ from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassRe
 from onnxprune.recovery import MODES
 from onnxprune.recovery.attention import Mixing, find_pairs, mixings
 from onnxprune.recovery.in_floats import in_floats
-from onnxprune.recovery.layer import Get, Problem, recover_layer
+from onnxprune.recovery.layer import Counted, Get, Problem, recover_layer
 from onnxprune.recovery.regression import HELD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
@@ -56,6 +56,7 @@ from onnxprune.runtime.capture import (
     write_arrays,
 )
 from onnxprune.runtime.fidelity import KnownOutputs, Outputs, fidelity, hints_of
+from onnxprune.runtime.masks import counted_rows
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed, spread
 from onnxprune.settings import named_arguments
@@ -381,7 +382,7 @@ HAS_INPUTS = Requirement(
     "calibration data, and there is none", lambda context, _: context.calibration is not None, NO_DATA, of_context=True
 )
 
-_Values = tuple[Get, Get, Any, Sequence[int], int]
+_Values = tuple[Get, Get, Any, Sequence[int], int, Counted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,7 +537,9 @@ class Recover(Pass):
             for b in store[1].batches([target.path.target])
             if not target.conditions or len(get(target.path.target, b))
         ]
-        return data, get, after.steps(target.path.target), usable, sum(count(feeds[b]) for b in usable)
+        samples = sum(count(feeds[b]) for b in usable)
+        counted: Counted = lambda b, sizes: counted_rows(feeds[b], sizes)  # noqa: E731
+        return data, get, after.steps(target.path.target), usable, samples, counted
 
     def _repair(
         self,

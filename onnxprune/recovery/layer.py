@@ -29,6 +29,7 @@ from onnxprune.recovery.targets import RecoveryTarget
 
 Array = NDArray[Any]
 Get = Callable[[str, int], Array]
+Counted = Callable[[int, Sequence[int]], "NDArray[np.bool_] | None"]
 """(tensor, number of the batch) -> value."""
 
 # Largest number of rows per unknown to fit a layer to. A layer of few unknowns has the rows of so many unknowns, since
@@ -125,6 +126,8 @@ class Problem:
         steps: gathers of the surviving positions of a tensor of the original: (axis, indices).
         batches: indices of the batches in which the layer runs.
         samples: number of samples in these batches.
+        counted: function from a batch and the sizes of rows to which of them are no padding, [rows], bool; None from it
+            where all count.
         mixing: mixed channels that replace some of the survivors in the target.
         density: largest number of rows per unknown to fit to.
         mask: weights that may change, [parts, n, o]; None: all.
@@ -138,6 +141,7 @@ class Problem:
     steps: Sequence[tuple[int, NDArray[np.int64]]]
     batches: Sequence[int]
     samples: int
+    counted: Counted = lambda _batch, _sizes: None
     mixing: Mixing | None = None
     density: int = _ROWS
     mask: Mask | None = None
@@ -211,11 +215,18 @@ class Problem:
                     return
                 yield self._read(batch, all_rows=True), int(shape[0])
 
-    def _pick(self, data: Array) -> Picked:
+    def _pick(self, data: Array, batch: int) -> Picked:
         """Select the rows of a batch to fit to."""
         form = self.layer.form
         least = self.density * _FEW // (2 if form.parts > 1 else 1)
-        return pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density, least))
+        picked = pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density, least))
+        if form.axes != (data.ndim - 1,) or form.parts > 1:
+            return picked
+        counted = self.counted(batch, data.shape[:-1])
+        if counted is None or counted.size != form.count(data.shape):
+            return picked
+        left = np.flatnonzero(counted) if picked is None else picked[counted[picked]]
+        return left if left.size else picked
 
     def _read(self, batch: int, all_rows: bool = False) -> Rows:
         form, path = self.layer.form, self.layer.path
@@ -227,7 +238,7 @@ class Problem:
             target = self.mixing.apply(original, target)
         addends = [_wide(self.cut(n, batch)) for n in path.addends]
         shape = form.output_shape(data.shape, self.weight)
-        picked = None if all_rows else self._pick(data)
+        picked = None if all_rows else self._pick(data, batch)
 
         kind = data.dtype
 

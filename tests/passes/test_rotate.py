@@ -269,8 +269,8 @@ def test_rows_that_a_mask_leaves_out_do_not_count() -> None:
     assert counted_rows({"x": np.ones((3, 3))}, (3, 3)) is None
 
 
-def test_padding_turns_no_stream() -> None:
-    """Whatever stands where the mask is 0, the directions are those of the rest."""
+def test_padding_neither_turns_a_stream_nor_recovers_a_layer() -> None:
+    """Whatever stands where the mask is 0, directions and recovered weights are those of the rest."""
     net = Net(17)
     x, mask = net.input("x", ["N", 5, 7]), net.input("attention_mask", ["N", 5], np.int64)
     y = stream(net, NORMS["spelled root mean square"][1], x=x)
@@ -278,13 +278,18 @@ def test_padding_turns_no_stream() -> None:
     model = net.model(y)
     value, ones = data_for(model, 16), np.ones((16, 5), np.int64)
     ones[:, 3:] = 0
-    energies = []
+    energies: list[Any] = []
+    weights = []
     for padding in (0.0, 50.0):
         filled = np.where(ones[..., None] > 0, value, padding).astype(np.float32)
         data = {"x": filled, "attention_mask": ones}
         result = op.prune(model, ratio=0, rotate="yes", data=data, latency=False)
         energies.append(result.plan.rotations[0].energy)
+        pruned = op.prune(model, ratio=0.3, criterion="l2", rotate="no", finetune=False, data=data, latency=False)
+        assert any(repair.done for repair in pruned.report.repairs)
+        weights.append([w.raw_data for w in pruned.model.graph.initializer])
     assert energies[0] == energies[1]
+    assert weights[0] == weights[1]
 
 
 def test_streams_are_found_without_data() -> None:
