@@ -14,6 +14,7 @@ from build import Net
 from onnx import numpy_helper
 
 import onnxprune as op
+from onnxprune.cli.main import main
 from onnxprune.pruning import vocabulary as tables
 from onnxprune.runtime.sessions import open_session, run
 
@@ -84,6 +85,22 @@ def test_files(tmp_path: Path) -> None:
         assert data["old_id"] == list(KEPT) and data["new_id"]["20"] == 4
     again = op.prune(tmp_path / "model.onnx", plan=tmp_path / "plan.json").model
     assert again == onnx.load(tmp_path / "small.onnx")
+
+
+def test_the_command_writes_the_map(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    onnx.save(language(), tmp_path / "model.onnx")
+    (tmp_path / "tokens.txt").write_text("1 3 5 6 20 39")
+    command = [
+        str(tmp_path / "model.onnx"),
+        "--vocabulary",
+        str(tmp_path / "tokens.txt"),
+        "-o",
+        str(tmp_path / "o.onnx"),
+    ]
+    main.main(command, standalone_mode=False)
+    shown = "".join(capfd.readouterr())
+    assert "40 to 6" in shown and "o.onnx.vocabulary.json" in shown
+    assert (tmp_path / "o.onnx.vocabulary.json").is_file()
 
 
 def test_auto_and_channels_in_one_run(tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_as_many_stay_as_are_chosen() -> None:
     (facts,) = result.report.experts
     assert len(facts.removed) == E - K and "2 of 5 are chosen for every token" in facts.reason
     assert any("loses 3" in warning for warning in result.report.warnings)
+    assert "experts   3 of 5 removed in 1 mixture" in str(result)
 
 
 def test_sigmoid_scores_and_channels_besides() -> None:

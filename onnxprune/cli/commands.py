@@ -156,6 +156,7 @@ def _finish(
         screen.warn(warning)
     wrote = [("wrote     ", target)] + ([("plan      ", plan_file)] if plan_file else [])
     wrote += [("config    ", config_file)] if config_file else []
+    wrote += [("map       ", Path(report.vocabulary.map))] if report.vocabulary is not None else []
     wrote += [("report    ", path) for path in pages]
     if not output.prints_markdown(options):
         screen.show(*parts(), *(Text.assemble((label, "bold"), str(path)) for label, path in wrote))

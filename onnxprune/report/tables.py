@@ -387,14 +387,25 @@ def experts_line(facts: Sequence[ExpertFacts]) -> list[Text]:
     return [Text.assemble(("experts   ", "bold"), said)]
 
 
+def mixtures(facts: Sequence[ExpertFacts]) -> list[RenderableType]:
+    """Return a table of all mixtures of experts: which went, or why fewer than asked, or none."""
+    if not facts:
+        return []
+    table = table_of(("mixture", "left"), ("experts", "right"), ("chosen", "right"), ("removed", "left"), ("", "left"))
+    for one in facts:
+        sizes = str(one.experts or ""), str(one.top_k or "")
+        table.add_row(one.name, *sizes, ", ".join(map(str, one.removed)), one.reason)
+    return [table, Text("")]
+
+
 def vocabulary_line(facts: VocabularyFacts | None) -> list[Text]:
     """Return one line on a vocabulary: tokens before and after, the bytes saved, and what the ids are now."""
     if facts is None:
         return []
-    lost = f"{facts.tokens_before:,} to {facts.tokens_after:,} tokens, {numbers.size(facts.bytes_saved)} saved"
+    lost = f"{facts.tokens_before:,} to {facts.tokens_after:,}, {numbers.size(facts.bytes_saved)} saved"
     ids = "takes ids of the original" if facts.keep_ids else "takes new ids"
     outputs = f"; {', '.join(facts.outputs)} has a position for each" if facts.outputs else ""
-    return [Text.assemble(("vocabulary ", "bold"), f"{lost}: {', '.join(facts.inputs)} {ids}{outputs}")]
+    return [Text.assemble(("tokens    ", "bold"), f"{lost}: {', '.join(facts.inputs)} {ids}{outputs}")]
 
 
 def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:
@@ -808,6 +819,7 @@ def details(report: Report, *, name_width: int) -> list[RenderableType]:
     if report.layers:
         parts += [layers(report.layers, name_width=name_width), Text("")]
     parts += branches(report.branches)
+    parts += mixtures(report.experts)
     if report.factorized:
         parts += [*factorized_layers(report.factorized, name_width=name_width, verbose=True), Text("")]
     if report.repairs:
