@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,7 @@ from onnxprune.gradients.backward import inference_graph, training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.gradients.tape import Tape
 from onnxprune.io.constants import set_constant
-from onnxprune.io.weights import ArrayWeight
+from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.passes.calibration import CalibrationBatches, CalibrationSplit
 from onnxprune.passes.comparable import can_follow
 from onnxprune.passes.gradients import fitted_heads
@@ -35,11 +34,12 @@ from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arr
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import effort_of, named_arguments
 from onnxprune.training.augment import Augmentation
+from onnxprune.training.codes import CodedWeight, encoded, with_numbers
 from onnxprune.training.curvature import CALLS, Curvature
 from onnxprune.training.loop import Course, Effort, train
 from onnxprune.training.losses import BALANCE, OFFSET, Losses
 from onnxprune.training.parameters import Head, bottlenecks, trainable
-from onnxprune.training.step import Adam, Parameters, Step, Vector, step_sizes
+from onnxprune.training.step import PROBE, Adam, Parameters, Step, Vector, step_sizes
 
 RATE = 4e-3
 """Largest step, in units of each weight's own size."""
@@ -48,6 +48,7 @@ BATCH = 32
 LEAST_SAMPLES = 64
 """Fewer samples are refused unless their number was asked for."""
 _FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
+_CODED_PROBE = 0.05
 _SETTLED = 1e-6  # a loss below it is none
 _BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
 _MEMORY = 512 << 20
@@ -152,7 +153,7 @@ class ShortFinetune(Pass):
             if (CalibrationBatches(context, model.analysis).samples or 0) >= _SHORT_SAMPLES:
                 context.stages.leave_out("training towards the original")
             return untouched
-        with suppress(UsageError, ModelError):
+        try:
             split = split_for(context, model.analysis, "full")
             if split.num_fit + split.num_held_out < _SHORT_SAMPLES or not split.num_held_out:
                 return untouched
@@ -160,7 +161,10 @@ class ShortFinetune(Pass):
             if distance(before) < _CLOSE:
                 return untouched
             return Finetune(steps)(context, model)
-        return untouched
+        except OtherDataError as error:
+            return PassResult(model, [Remark(f"not fine-tuned: {error.args[0]}")], changed=False)
+        except (UsageError, ModelError):
+            return untouched
 
 
 def short_steps(context: Context, model: Model) -> int:
@@ -306,6 +310,7 @@ class Training:
     augmentation: Augmentation | None = None
     after: Fidelity | None = None
     by_labels: list[float] = field(default_factory=list)
+    coded: Sequence[CodedWeight] = ()
 
     @classmethod
     def prepare(cls, settings: Finetune, context: Context, model: Model, split: CalibrationSplit) -> Self:
@@ -325,13 +330,14 @@ class Training:
         )
         samples = _Samples(split.fit, size, labels, context.seed)
         feed, _ = samples.draw(0)
-        student = static_graph(*model.parts, feed)
+        parts, coded = with_numbers(*model.parts)
+        student = static_graph(*parts, feed)
         limit = (context.memory_limit or _MEMORY) / _LIVE
         if fixed is None and (room := int(limit // max(1, _bytes(student) // size))) < size:
             size = max(1, room)
             samples = _Samples(split.fit, size, labels, context.seed)
             feed, _ = samples.draw(0)
-            student = static_graph(*model.parts, feed)
+            student = static_graph(*parts, feed)
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
         weights, reasons = trainable(student)
@@ -352,14 +358,17 @@ class Training:
         inputs |= {} if user_loss is None else user_loss.inputs
         graph = training_graph(student, losses.loss, weights, inputs=inputs)
         frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
+        frozen = {n: r for n, r in frozen.items() if not any(n in c.settings for c in coded)}
         if not graph.gradients:
             why = next(iter(frozen.values()), "it has no weights in float32")
             raise ModelError(f"No weight of the model can be trained: {why}.", hint=f"Drop {argument('finetune')}.")
-        parameters = Parameters({n: student.constants[n] for n in graph.gradients}, model.locked)
+        locked = model.locked | {c.numbers for c in coded if c.codes in model.locked}
+        parameters = Parameters({n: student.constants[n] for n in graph.gradients}, locked)
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
         graphs, labelled = (student, teacher, parameters, step), (known, hold_out)
         training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, user_loss)
+        training.coded = coded
         if settings.augment:
             answers = [names[h.tensor] for h in fitted]
             training.augmentation = Augmentation.suited(
@@ -406,7 +415,7 @@ class Training:
         # A model that is its own teacher has no loss to compare them with.
         is_far = outputs > _SETTLED and features > 1e-6 * outputs
         balance[...] = _FEATURE_SHARE * outputs / features if is_far else 0
-        sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed, self.least_loss)
+        sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed, self.least_loss, self.probe)
         rate = min(self.settings.rate, _BOLDNESS * doubling)
         optimizer = self.optimizer(sizes)
         effort, error = self.effort(), partial(standard_error, samples=self.split.num_held_out)
@@ -421,6 +430,11 @@ class Training:
     def stage(self) -> str:
         """The name of the stage that progress is told of."""
         return "finetune"
+
+    @property
+    def probe(self) -> float:
+        """The distance at which the curvature of the loss is measured: codes hide small changes."""
+        return _CODED_PROBE if self.coded else PROBE
 
     @property
     def least_loss(self) -> float:
@@ -474,8 +488,10 @@ class Training:
         """Return the model with the present weights."""
         views = self.parameters.views(self.parameters.vector)
         proto, weights = self.model.parts
-        inside = {n: v.copy() for n, v in views.items() if n not in weights}
-        changed = {n: ArrayWeight(n, v.copy()) for n, v in views.items() if n in weights}
+        numbers = {c.numbers for c in self.coded}
+        inside = {n: v.copy() for n, v in views.items() if n not in weights and n not in numbers}
+        changed: dict[str, Weight] = {n: ArrayWeight(n, v.copy()) for n, v in views.items() if n in weights}
+        changed |= encoded(views, self.coded)
         if inside:  # Constant nodes
             proto = onnx.ModelProto()
             proto.CopyFrom(self.model.proto)
@@ -546,6 +562,10 @@ FORMAT = 3
 """Raised whenever the state of a training has another meaning."""
 
 
+class OtherDataError(UsageError):
+    """A training that was interrupted on other data (exit code 2)."""
+
+
 class _Checkpoint:
     """The state of one training in a file.
 
@@ -570,7 +590,7 @@ class _Checkpoint:
         if not arrays or "data" not in arrays:
             return None
         if str(arrays["data"]) != self._data:
-            raise UsageError(
+            raise OtherDataError(
                 f"{argument('finetune')} was interrupted on other data, and cannot go on with these",
                 hint=f"Give the same {argument('data')}, or delete {str(self._path)!r} to begin anew.",
             )

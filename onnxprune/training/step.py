@@ -178,12 +178,14 @@ class Adam:
         self._parameters.keep_zeros()
 
 
-_PROBES, _ROUNDS, _PROBE = 3, 2, 1e-3
+_PROBES, _ROUNDS = 3, 2
+PROBE = 1e-3
+"""Distance of the points between which gradients are compared; of weights that are rounded, more than a code."""
 _SPREAD = 4.0  # largest curvature of one weight, relative to the median
 
 
 def step_sizes(
-    step: Step, calls: Sequence[Feed], parameters: Parameters, seed: int, least: float = 0.0
+    step: Step, calls: Sequence[Feed], parameters: Parameters, seed: int, least: float = 0.0, probe: float = PROBE
 ) -> tuple[Vector, float]:
     """Return sizes of steps for every element, and the rate at which a random step would double the loss.
 
@@ -198,6 +200,7 @@ def step_sizes(
         parameters: the weights, which stay as they are.
         seed: seed of the random points.
         least: smallest loss to double, for models that are their own teachers: their loss is 0 in the beginning.
+        probe: distance of the points, in units of each weight's own size.
     """
     rng = np.random.default_rng(seed)
     sizes, start = parameters.scales(), parameters.vector.copy()
@@ -208,10 +211,10 @@ def step_sizes(
             direction = sizes * rng.choice(np.asarray([-1, 1], np.float32), len(sizes))
             ends = []
             for side in (1, -1):
-                parameters.vector[:] = start + np.float32(side * _PROBE) * direction
+                parameters.vector[:] = start + np.float32(side * probe) * direction
                 step(calls)
                 ends.append(step.gradient.copy())
-            bend = direction.astype(np.float64) * (ends[0] - ends[1]) / (2 * _PROBE * _PROBES)
+            bend = direction.astype(np.float64) * (ends[0] - ends[1]) / (2 * probe * _PROBES)
             bends = {name: value + float(bend[parameters.spans[name]].sum()) for name, value in bends.items()}
         usual = float(np.median([max(b, 0.0) for b in bends.values()]))
         for name, bend in bends.items():

@@ -277,3 +277,57 @@ def test_with_many_samples_it_runs_by_itself(
     assert left_out == (arguments.get("effort") == "quick")
     if facts is not None:
         assert facts.after.points >= facts.before.points
+
+
+def coded(model: onnx.ModelProto, kind: Any = np.int8) -> onnx.ModelProto:
+    """The same model with its kernels as codes, a scale per output, and DequantizeLinear."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for tensor in [t for t in result.graph.initializer if len(t.dims) == 4]:
+        values, name = onnx.numpy_helper.to_array(tensor), tensor.name
+        scale = (np.abs(values).max(axis=(1, 2, 3)) / 127).astype(np.float32)
+        zero = np.full(len(scale), 128 if kind is np.uint8 else 0, kind)
+        codes = (np.rint(values / scale[:, None, None, None]) + zero[:, None, None, None]).astype(kind)
+        result.graph.initializer.remove(tensor)
+        named = {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.zero": zero}
+        result.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in named.items())
+        operands = list(named)[: 3 if kind is np.uint8 else 2]
+        result.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", operands, [name], axis=0))
+    return result
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_weights_of_codes_are_trained_and_encoded_again(kind: Any) -> None:
+    pipe = op.Pipeline([op.passes.Prune("l2", 0.75), op.passes.Finetune(60, augment=False, rate=2e-3)])
+    result = pipe.run(coded(net(), kind), data=DATA)
+    facts = result.report.finetuning
+    assert not facts.undone and facts.after.points > facts.before.points, (facts.losses, facts.curve)
+    assert facts.trained == 12 and not facts.frozen
+    before = op.Pipeline([op.passes.Prune("l2", 0.75)]).run(coded(net(), kind)).model
+    kernels = [
+        {t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer if t.name.endswith(".codes")}
+        for m in (before, result.model)
+    ]
+    assert all(v.dtype == kind for v in kernels[1].values()) and kernels[0].keys() == kernels[1].keys()
+    assert all((kernels[0][n] != kernels[1][n]).any() for n in kernels[0])
+    assert [n.op_type for n in result.model.graph.node] == [n.op_type for n in before.graph.node]
+
+
+def test_an_automatic_training_says_that_the_data_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxprune.passes.finetune._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
+    data = np.random.default_rng(1).standard_normal((512, 3, 8, 8)).astype(np.float32)
+
+    def interrupt(stage: str, share: float) -> None:
+        if stage == "finetune" and 0.2 <= share < 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    given: dict[str, Any] = {"ratio": 0.6, "criterion": "l2", "latency": False, "cache": tmp_path, "plan": None}
+    first = op.prune(net(), data={"x": data}, progress=interrupt, **given)
+    assert first.report.finetuning.stopped == "interrupted"
+    path = next(tmp_path.glob("finetune-*"))
+    kept = dict(np.load(path))
+    np.savez(path, **{**kept, "data": np.asarray("others")})
+    again = op.prune(net(), data={"x": data}, **given)
+    assert again.report.finetuning is None
+    assert any("interrupted on other data" in text for text in again.report.warnings)
