@@ -20,7 +20,7 @@ from onnxprune.errors import BudgetError, Note, OnnxpruneError, UsageError, argu
 from onnxprune.io import files
 from onnxprune.report import numbers, page, reasons, sparsity, summary, tables
 from onnxprune.report.console import Screen, plain
-from onnxprune.report.facts import FAITHFUL, Report, SmallerRatio
+from onnxprune.report.facts import FAITHFUL, Recovery, Report, SmallerRatio
 from onnxprune.settings import settings_of
 
 _EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -176,7 +176,8 @@ def _show_dry_run(
     if not options.has_budget:
         skipped += ["the proof of exactness"] if options.command == "prune" else []
         skipped += ["the comparison of outputs"]
-        skipped += ["recovery"] if options.recover not in (None, "none") or options.data is not None else []
+        if options.recover not in (None, "none") or options.data is not None:
+            skipped, report.recovery = [*skipped, "recovery"], Recovery()  # that it did not run is said once
         skipped += ["quantization"] if options.values.get("quantize") is not None else []
         gates = [name for name in ("min_fidelity", "metric", "max_drop") if options.values.get(name) is not None]
         skipped += [screen.spelled(Note(argument(name))) for name in gates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -108,6 +109,8 @@ def _click_hint(error: click.ClickException, command_path: str) -> str:
     near = getattr(error, "possibilities", None)
     if near:
         return f"Did you mean {near[0]}?"
+    if re.search(r"unexpected extra argument.*\.json\b", error.message):
+        return "--json takes no file: it prints to standard output, so write '--json > FILE'."
     return f"'{command_path} --help' lists all options."
 
 

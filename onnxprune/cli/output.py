@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onnxprune.cli.options import CommandOptions
-from onnxprune.errors import BudgetError, UsageError, ValidationError, argument
+from onnxprune.errors import BudgetError, Note, UsageError, ValidationError, argument
 from onnxprune.io import files
 from onnxprune.report import run_page
 from onnxprune.report.console import Screen, versions
@@ -44,11 +44,13 @@ def check(
 
 
 def damage(report: Report) -> list[str]:
-    """Return the warning about a damaged model; empty for any other."""
+    """Return the warning about a damaged model, with the next step; empty for any other."""
     verdict = report.verdict
     if verdict is None or verdict.word != "damaged":
         return []
-    return [f"the model is damaged, {verdict.points:.1f} of 100 points of fidelity: {verdict.reason}"]
+    step = f"; {verdict.next_step.marked if isinstance(verdict.next_step, Note) else verdict.next_step}"
+    lost = f"the model is damaged, {verdict.points:.1f} of 100 points of fidelity: {verdict.reason}"
+    return [Note(f"{lost}{step}" if verdict.next_step else lost)]
 
 
 def check_page(model: Path, *targets: Path | None) -> None:

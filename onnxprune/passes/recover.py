@@ -45,7 +45,7 @@ from onnxprune.recovery.in_floats import in_floats
 from onnxprune.recovery.layer import Counted, Get, Problem, recover_layer
 from onnxprune.recovery.regression import HELD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
-from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Remark, Repair
+from onnxprune.report.facts import FEW_SAMPLES, Fact, Fidelity, Recovered, Recovery, Remark, Repair
 from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import (
     BranchAssignment,
@@ -64,8 +64,8 @@ from onnxprune.settings import named_arguments
 # -- what a recovery is worth ------------------------------------------------------------------------------------------
 
 
-# Samples below which a recovery is worth a warning, and from which on they should be of several classes.
-_FEW, _TELLING = 64, 16
+# Samples from which on they should be of several classes.
+_TELLING = 16
 # Hold-out error that is rounding: the removal did not affect the layer.
 _UNTOUCHED = 1e-9
 # A recovery that leaves more than this share of the noise is undone.
@@ -76,9 +76,9 @@ def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair])
     """Return warnings about the data used for fitting: each warning once, with the layer where it is worst."""
     warnings = []
     samples = sum(map(count, feeds))
-    if samples < _FEW:
+    if samples < FEW_SAMPLES:
         what = "1 sample" if samples == 1 else f"{samples} samples"
-        warnings.append(f"recovery has {what} only: give {_FEW} or more, better 256")
+        warnings.append(f"recovery has {what} only: more are better, 256 say; those held out do not count")
     if samples > 1 and _constant(feeds):
         warnings.append(
             "all calibration samples are the same, so recovery can learn almost nothing: give different samples"

@@ -277,7 +277,7 @@ class Selector:
         short = captured.shortage()
         if short is not None and removed is None:
             self.warnings.append(
-                f"{self.name} has {captured.samples} samples, but {short[0]} needs at least {short[1]} to find "
+                f"{self.name} has {captured.samples} sample{'s' * (captured.samples != 1)}, but {short[0]} needs at least {short[1]} to find "
                 "dependent channels: its scores are uncertain."
             )
         # Scores that solve for dependent channels take the cube of their number.

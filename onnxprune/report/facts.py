@@ -272,6 +272,10 @@ class Verdict:
     synthetic: bool = False
 
 
+FEW_SAMPLES = 64
+"""Samples below which a recovery may fail for want of data."""
+
+
 @dataclass(slots=True)
 class SmallerRatio:
     """A smaller ratio that was tried, and the points that it keeps."""
@@ -820,7 +824,7 @@ class Report:
 
     def _next_step(self) -> str:
         """Return what to do where real inputs show a loss, by what made the model."""
-        if self.smaller is not None:
+        if self.smaller is not None and self.smaller.points >= DEGRADED:
             return Note(f"a smaller {argument('ratio')}: {self.smaller.ratio:g} keeps {self.smaller.points:.1f}")
         if not self.recovery.why:
             return "recover it, or train it further"
@@ -835,6 +839,9 @@ class Report:
             return Note(f"fewer branches: a smaller {argument('depth')}")
         if "scope" not in self.settings:  # a plan decided
             return Note(f"give more {argument('data')}, or prune less")
+        samples = self.recovery.samples + self.recovery.aside
+        if 0 < samples < FEW_SAMPLES:
+            return Note(f"give more {argument('data')} than {samples} samples, or a smaller {argument('ratio')}")
         return Note(f"a smaller {argument('ratio')}, or {argument('max_drop', 2)} to find how much can be removed")
 
     def shortfall(self, min_fidelity: float | None = None, max_drop: float | None = None) -> str:

@@ -32,6 +32,10 @@ EVERY = 10.0
 """Seconds between two lines of a stage in a log."""
 
 
+_TELLING = 0.01
+"""Share of a stage from which on its speed tells how long the rest takes; the first steps are of any speed."""
+
+
 class ProgressCallback(Protocol):
     """Progress callback: takes the stage's name and the share of it that is done, 0 to 1."""
 
@@ -40,8 +44,8 @@ class ProgressCallback(Protocol):
 
 
 def time_left(elapsed: float, fraction: float) -> float | None:
-    """Return the seconds that a stage still takes if it goes on as it did; None while nothing is done."""
-    return elapsed * (1 - fraction) / fraction if 0 < fraction <= 1 and elapsed > 0 else None
+    """Return the seconds that a stage still takes if it goes on as it did; None while too little is done to tell."""
+    return elapsed * (1 - fraction) / fraction if _TELLING <= fraction <= 1 and elapsed > 0 else None
 
 
 def duration(seconds: float) -> str:

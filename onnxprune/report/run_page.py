@@ -33,7 +33,7 @@ def run_page(report: Report, about: Mapping[str, Any] | None = None, spelled: Ca
         f'<main class="wide"><h1>{escape(name)}</h1>',
         _verdict(report, spelled),
         _section("Before and after", _bars(report)),
-        _section("Checks", _lines(report)),
+        _section("Checks", _lines(report, spelled)),
         _section("Fine-tuning", _training(report)),
         _section("Not pruned, and why", _unpruned(report)),
         _section("Network", _network(report)),
@@ -43,6 +43,7 @@ def run_page(report: Report, about: Mapping[str, Any] | None = None, spelled: Ca
         _section("Sensitivity of the groups", _sensitivity(report)),
         _section("Recovery of the layers", _recovered(report)),
         _section("Warnings", "".join(page.paragraph(spelled(text)) for text in report.warnings)),
+        _section("Time of the stages", _times(report)),
         _section("Settings and versions", _about(report, about or {})),
         f"</main><script>{_SCRIPT}</script>",
     ]
@@ -65,7 +66,7 @@ def markdown(report: Report, spelled: Callable[[str], str] = str) -> str:
         parts.append(f"**{verdict.points:.1f} of 100 points.** {_cell(verdict.reason)}.{_cell(more)}")
     rows = [f"| {label} | {before} | {after} | {less} |" for label, before, after, less, _ in _pairs(report)]
     parts.append("\n".join(["| | before | after | |", "|---|--:|--:|--:|", *rows]))
-    parts += ["\n".join(f"- {label}: {_cell(text)}" for label, text in _facts_in_words(report))]
+    parts += ["\n".join(f"- {label}: {_cell(text)}" for label, text in _facts_in_words(report, spelled))]
     changed = sorted(
         (layer for layer in report.layers if layer.params_after < layer.params_before),
         key=lambda layer: layer.params_after - layer.params_before,
@@ -146,16 +147,17 @@ def _bars(report: Report) -> str:
     return "".join(rows)
 
 
-def _facts_in_words(report: Report) -> list[tuple[str, str]]:
+def _facts_in_words(report: Report, spelled: Callable[[str], str]) -> list[tuple[str, str]]:
     """Return the lines of the summary that are no sizes: label and text."""
-    lines = [part.text for part in summary.summary(report, name_width=1000) if isinstance(part, Line)]
+    lines = [part.text for part in summary.summary(report, name_width=1000, spelled=spelled) if isinstance(part, Line)]
     pairs = [(line.plain[:LABEL].strip(), line.plain[LABEL:].strip()) for line in lines]
     shown = {"verdict", "params", "MACs", "file size", "speed"}
     return [pair for pair in pairs if pair[0] not in shown]
 
 
-def _lines(report: Report) -> str:
-    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in _facts_in_words(report))
+def _lines(report: Report, spelled: Callable[[str], str]) -> str:
+    pairs = _facts_in_words(report, spelled)
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in pairs)
     return f"<dl>{rows}</dl>" if rows else ""
 
 
@@ -441,12 +443,19 @@ def _recovered(report: Report) -> str:
     return _table(("layer", "fit", "error before", "after"), rows) if rows else ""
 
 
+def _times(report: Report) -> str:
+    """List the time of each stage, on the clock and of all processors; a stage may lie within another."""
+    rows = [
+        [(name, name), *((numbers.seconds(each), each) for each in (time.seconds, time.processor_seconds))]
+        for name, time in report.timings.items()
+    ]
+    return _table(("stage", "on the clock", "of all processors"), rows) if rows else ""
+
+
 def _about(report: Report, about: Mapping[str, Any]) -> str:
     pairs = {**{k.replace("_", " "): v for k, v in report.settings.items()}, **about}
     if report.output:
         pairs["file"] = report.output
-    spent = ", ".join(f"{name} {numbers.seconds(value)}" for name, value in report.seconds.items())
-    pairs |= {"time": spent} if spent else {}
     rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_value(v))}</dd>" for k, v in pairs.items() if v is not None)
     return f"<dl>{rows}</dl>" if rows else ""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from onnxprune.errors import Note, argument
 from onnxprune.report import numbers, reasons, sparsity, tables
 from onnxprune.report.console import LABEL, Line
 from onnxprune.report.facts import BudgetFacts, Latency, MetricFacts, Report, Totals
@@ -29,7 +30,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
     lines += [part for part in tables.fidelity(report.fidelity, name_width=name_width)[:1] if isinstance(part, Text)]
     lines += [*_proofs(report), *tables.flushed(report.flushed), *tables.regularized(report.regularized)]
     lines += tables.dead(report.dead)
-    recovered = tables.summary(report)
+    recovered = tables.summary(report, spelled)
     lines += [*([] if recovered is None else [recovered]), *tables.finetuned(report.finetuning)]
     lines += [*tables.vocabulary_line(report.vocabulary), *tables.experts_line(report.experts)]
     lines += [
@@ -39,7 +40,7 @@ def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = 
         *unpruned(report),
         *sparsity.lines(report),
         *_quantized(report),
-        *_advice(report),
+        *_advice(report, spelled),
     ]
     lines += [labelled("left out", ", ".join(report.left_out))] if report.left_out else []
     return [*map(Line, lines)]
@@ -161,12 +162,13 @@ def unpruned(report: Report) -> list[Text]:
     return lines
 
 
-def _advice(report: Report) -> Iterator[Text]:
+def _advice(report: Report, spelled: Callable[[str], str]) -> Iterator[Text]:
     """One line where factorized layers take longer with less work: more layers have to be started."""
     timed, sums = report.latency, report.totals
     if timed is None or timed.speed_verdict != "slower" or sums.macs_after >= sums.macs_before or report.layers:
         return
-    advice = "fewer MACs but slower: --method auto factorizes only layers that get faster on this machine"
+    how = spelled(Note(argument("method", "auto")))
+    advice = f"fewer MACs but slower: {how} factorizes only layers that get faster on this machine"
     yield Text.assemble((f"{'advice':<{LABEL}}", "bold"), (advice, _MORE))
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxprune.devices import MULTIPLES, Kernels
+from onnxprune.errors import Note, argument
 from onnxprune.importance.criteria import Description
 from onnxprune.labels.atoms import Reason
 from onnxprune.report import numbers, reasons
@@ -56,10 +57,14 @@ class FittedTable(Table):
         named = next((column for column in self.columns if str(column.header).strip() in NAMES), None)
         widths = {id(c): max((cell_len(str(cell)) for cell in (c.header, *c.cells)), default=0) for c in self.columns}
         gaps = _GAP * (len(self.columns) - 1)
+        for column in self.columns:  # single words, as types of operators are, have no place to wrap at
+            column.no_wrap |= column is not named and not any(" " in str(cell) for cell in column.cells)
         figures = sum(widths[id(c)] for c in self.columns if c.no_wrap and c is not named)
-        prose = sum(min(widths[id(c)], _PROSE) for c in self.columns if not c.no_wrap and c is not named)
+        texts = [widths[id(c)] for c in self.columns if not c.no_wrap and c is not named]
+        prose, least_prose = (sum(min(text, limit) for text in texts) for limit in (_PROSE, _LEAST_PROSE))
         if named is not None:
-            room = max(_LEAST_NAME, width - gaps - figures - prose)
+            least = min(_LEAST_NAME, max(_SHORTEST_NAME, width - gaps - figures - least_prose))
+            room = max(least, width - gaps - figures - prose)
             named.no_wrap = True
             named._cells[:] = numbers.fitted([str(cell) for cell in named.cells], room)
             figures += min(widths[id(named)], room)
@@ -70,7 +75,7 @@ class FittedTable(Table):
 
 NAMES = {"layer", "layers", "branch", "node", "group", "for example", "output"}
 """Titles of columns that hold names of nodes."""
-_GAP, _PROSE, _LEAST_NAME = 2, 36, 24
+_GAP, _PROSE, _LEAST_PROSE, _LEAST_NAME, _SHORTEST_NAME = 2, 36, 7, 24, 20
 
 
 def table_of(*columns: tuple[str, str]) -> Table:
@@ -311,21 +316,29 @@ _UNTOUCHED = 1e-9
 _NO_BETTER = "No recovery lowered the error on hold-out samples."
 
 
-def summary(report: Report) -> Text | None:
-    """Return one line on the recovery: its inputs, and its effect on the outputs."""
+def summary(report: Report, spelled: Callable[[str], str] = str) -> Text | None:
+    """Return one line on the recovery: its inputs, and its effect on the outputs; None where there is none to tell of.
+
+    Args:
+        report: of a run.
+        spelled: writes arguments in texts as the reader does.
+    """
     facts = report.recovery
     if not facts.why:
         return None
+    mode, data = spelled(Note(argument("recover", facts.mode))), spelled(Note(argument("data")))
     if facts.mode == "none" or facts.before is None:
         why = facts.why if facts.mode == "none" else "nothing was pruned"
-        advice = "; give --data to recover accuracy, or --recover datafree (weaker, needs no data)"
+        why = mode if why == "asked for" else why
+        weaker = spelled(Note(argument("recover", "datafree")))
+        advice = f"; give {data} to recover accuracy, or {weaker} (weaker, needs no data)"
         advice = advice if facts.why == "no data was given" else ""
         return Text.assemble(("recovered ", "bold"), "no: ", why, advice)
     num_recovered, reached = _counts(report.repairs)
-    reason = "" if facts.why == "asked for" else f", --recover {facts.mode} because {facts.why}"
+    reason = "" if facts.why == "asked for" else f", {mode} because {facts.why}"
     samples = f"{facts.samples} sample{'' if facts.samples == 1 else 's'}"
     if facts.inputs:
-        samples = f"{facts.samples} {facts.inputs} (--data recovers more)"
+        samples = f"{facts.samples} {facts.inputs} ({data} recovers more)"
     how = f"{num_recovered} of {reached} layers {_BY.get(facts.mode, 'by ' + facts.mode)} from {samples}{reason}"
     if facts.undone:
         return Text.assemble(("recovered ", "bold"), ("undone", "yellow"), f": {how}, {_change(facts)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,26 @@ def _check(rows: Rows, spec: InputSpec) -> None:
         isinstance(expected_size, int) and expected_size != actual_size for actual_size, expected_size in pairs
     ):
         allowed = ", ".join("?" if dim is None else str(dim) for dim in ("samples", *spec.shape[1:]))
-        raise UsageError(f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{allowed}]")
+        raise UsageError(
+            f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} needs [{allowed}]",
+            hint=_transposition(rows.shape, spec.shape) if has_rank else "",
+        )
     if rows.shape[:1] == (0,):
         raise UsageError(f"{rows.place} holds no samples: its shape is {list(rows.shape)}")
     if not _castable(rows.dtype, spec.dtype):
         allowed = "strings" if spec.dtype.kind == "O" else str(spec.dtype)
         raise UsageError(f"{rows.place} has dtype {rows.dtype}; input {spec.name!r} needs {allowed}", hint=_CASTS)
+
+
+def _transposition(shape: Sequence[int], expected: Sequence[int | None]) -> str:
+    """Return a hint where the axes behind the samples only stand in another order, as in pictures; else nothing."""
+    axes = range(1, len(shape))
+    orders = [order for order in permutations(axes) if all(expected[i] in (None, shape[order[i - 1]]) for i in axes)]
+    # channels first or last: the order of the other axes stays
+    orders = [order for order in orders if order[1:] == tuple(axes)[:-1] or order[:-1] == tuple(axes)[1:]]
+    if len(shape) < 3 or len(orders) != 1:
+        return ""
+    return f"The axes fit in another order: array.transpose({', '.join(map(str, (0, *orders[0])))})."
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

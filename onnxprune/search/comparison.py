@@ -37,7 +37,7 @@ def compare_models(context: Context, model: ModelSource, *, metric: Metric | Non
     with context.stage("analyze"):
         other = Analysis(model, input_shapes=context.input_shapes)
         check_interfaces(context.analysis, other)
-    facts: list[Fact] = [Exactness(note="not asked: the second model may have been made in any way")]
+    facts: list[Fact] = [Exactness()]  # the second model may have been made in any way
     with ExitStack() as stack:
         one, two = (stack.enter_context(Workspace.of(a)) for a in (context.analysis, other))
         # Inputs have to suit both: sizes that one leaves open may be fixed in the other.

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
-from onnxprune.report import summary
-from onnxprune.report.console import Line
-from onnxprune.report.facts import Exactness, Latency, LayerFacts, OutputFidelity, Report, Totals
-from onnxprune.settings import COMMANDS, GROUPS, options_of
+from onnxprune.report import summary, tables
+from onnxprune.report.console import Line, Screen
+from onnxprune.report.facts import (
+    AnswerFidelity,
+    Exactness,
+    Fidelity,
+    Latency,
+    LayerFacts,
+    OutputFidelity,
+    Recovery,
+    Report,
+    SmallerRatio,
+    Totals,
+)
+from onnxprune.settings import COMMANDS, GROUPS, options_of, spell
 
 
 def test_model_without_subcommand_prunes(api, run, model) -> None:
@@ -131,6 +145,42 @@ def test_layers_of_the_same_name_are_told_apart(api, run, model, count) -> None:
     api.report.layers = [LayerFacts("/Conv_16", "Conv", 8, 4, 64, 32, 64, 32, "") for _ in range(count)]
     shown = run(model, "-v").stdout
     assert all(f"/Conv_16 ({number}) " in shown for number in range(1, count + 1))
+
+
+def test_a_table_at_eighty_columns_breaks_no_word_and_no_figure() -> None:
+    names = [f"/stages/stages.{i}/body/body.{i % 2}/body.{i % 2}.0/Conv" for i in range(6)]
+    facts = [LayerFacts(name, "Conv", 48, 32, 20700, 4610, 664_000, 147_000, "") for name in names]
+    text = io.StringIO()
+    Console(file=text, width=80).print(tables.layers(facts, name_width=1000))
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 7 and max(map(len, lines)) <= 80
+    assert all(re.search(r" Conv +48 .*77\.. %$", line.rstrip()) for line in lines[1:])
+    assert len({line.split()[0] for line in lines}) == 7
+
+
+def test_arguments_in_a_summary_are_spelled_as_the_reader_writes_them() -> None:
+    report = Report(recovery=Recovery("none", "no data was given"))
+    assert "give data to recover accuracy, or recover='datafree'" in summary.text(report)
+    spelled = Screen.open(spell=spell("prune")).spelled
+    shown = [line.text.plain for line in summary.summary(report, name_width=80, spelled=spelled)]
+    assert any("give --data to recover accuracy, or --recover datafree" in line for line in shown)
+
+
+def test_the_next_step_is_one_that_helps() -> None:
+    lost = Fidelity([], source="d.npz", points=20.0, answers=[AnswerFidelity(["y"], "classes", 20.0, "lost", 0.8)])
+    report = Report(fidelity=lost, recovery=Recovery("full", "data was given", samples=18, aside=2))
+    report.settings, report.smaller = {"scope": "global"}, SmallerRatio(0.07, 1.2)
+    step = report.verdict.next_step
+    assert "more data than 20 samples" in step and "0.07" not in step
+    report.recovery.samples = 400
+    assert "max_drop=2" in report.verdict.next_step
+    report.smaller.points = 98.0
+    assert "0.07 keeps 98.0" in report.verdict.next_step
+
+
+def test_json_takes_no_file(run, model) -> None:
+    result = run(model, "--json", "out.json")
+    assert result.exit_code == 2 and "write '--json > FILE'" in result.stderr
 
 
 @pytest.mark.newest_runtime  # older releases of rich keep styles in other spans

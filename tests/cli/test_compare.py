@@ -33,6 +33,7 @@ def test_equal_models_are_faithful(run) -> None:
     done = run("compare", MODEL, MODEL, "--json")
     assert done.exit_code == 0, done.stderr
     facts = json.loads(done.stdout)
+    assert "plan  " not in run("compare", MODEL, MODEL).stdout
     assert facts["fidelity"]["points"] == 100 and facts["verdict"]["word"] == "faithful"
     assert facts["verdict"]["synthetic"] and "--data" not in facts["verdict"]["reason"]
     totals = facts["totals"]

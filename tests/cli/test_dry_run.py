@@ -38,6 +38,7 @@ def test_nothing_is_written_and_the_choice_is_that_of_the_run(small: Path) -> No
         "skipped": ["timing", "the proof of exactness", "the comparison of outputs", "recovery"],
         "would_write": [str(small.with_name("small.pruned.onnx")), str(plan)],
     }
+    assert told["recovery"]["why"] == ""  # nobody asked for none
     assert (told["output"], told["plan"], told["latency"], told["exactness"]["passed"]) == ("", None, None, None)
     real = json.loads(run(*arguments).stdout)
     assert real["layers"] == told["layers"] and real["groups"] == told["groups"]

@@ -80,6 +80,15 @@ def test_independent_logits_are_below_zero_almost_everywhere() -> None:
     assert reading.part.form == "binary logits"
 
 
+@pytest.mark.parametrize(
+    ("ends", "kind", "form"), [((), "sequence", "logits"), (("Sigmoid",), "classes", "binary logits")]
+)
+def test_logits_of_an_alphabet_may_all_lie_below_zero(ends: tuple[str, ...], kind: str, form: str) -> None:
+    logits = 30 * normal(4, 18, 68) - 70
+    (reading,) = read({"logits": logits}, logits=Hint(2, frozenset(ends)))
+    assert (reading.kind, reading.part.form) == (kind, form)
+
+
 def test_states_are_no_answers() -> None:
     state = normal(2, 1, 16)
     readings = read({"y": uniform(1, 1), "hn": state}, {"x": normal(1, 8), "h0": state})

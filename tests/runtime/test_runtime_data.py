@@ -179,6 +179,18 @@ def test_arrays_that_do_not_fit(array: np.ndarray, words: str) -> None:
     assert words in message({"x": array})
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected", "order"),
+    [((2, 8, 8, 3), (3, 8, 8), "0, 3, 1, 2"), ((2, 3, 8, 9), (8, 9, 3), "0, 2, 3, 1"), ((2, 5, 8, 9), (8, 9, 3), "")],
+)
+def test_channels_at_the_other_end_are_told_how_to_move(
+    shape: tuple[int, ...], expected: tuple[int, ...], order: str
+) -> None:
+    with pytest.raises(UsageError, match="needs") as caught:
+        load_data({"x": np.zeros(shape, np.float32)}, [spec("x", "N", *expected)])
+    assert caught.value.hint == (f"The axes fit in another order: array.transpose({order})." if order else "")
+
+
 def test_integers_that_do_not_fit() -> None:
     text = message({"x": np.array([[1, 2, 300]])}, spec("x", "N", 3, dtype=np.uint8))
     assert "1..300" in text and "0..255" in text

@@ -29,6 +29,8 @@ _STATE = re.compile(r"present|past|state|hidden|cache|(^|[._/])(h|c|hn|cn|mems?|
 # Largest number of elements of an output that a decision looks at.
 _ENOUGH = 1 << 21
 _MANY = 8
+# Columns of a sequence from which on they are an alphabet or a vocabulary rather than a few independent answers.
+_ALPHABET = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,8 @@ def _kind(name: str, array: Array, axis: int | None, inputs: Feed, hint: Hint) -
     if not eps(array.dtype):
         return (classes, "codes") if number > 1 and array.ndim < 4 else ("signal", "")
     form = _form(columns, "Sigmoid" in hint.ends)
+    if form == "binary logits" and classes == "sequence" and number >= _ALPHABET and "Sigmoid" not in hint.ends:
+        form = "logits"  # of an alphabet, which inputs that mean nothing to the model move below 0, too
     if form == "probabilities":
         return classes, form
     if form == "independent" and ("Sigmoid" in hint.ends or "HardSigmoid" in hint.ends or named):
