@@ -72,7 +72,7 @@ def configured(command: str, path: Path | None, values: Mapping[str, Any], typed
     """
     if path is None:
         return Configured()
-    table = _table(path) or {}
+    table = _underscored(_table(path) or {})
     _check_keys(path, table)
     known = {setting.name: setting for setting in options_of(command) if setting.name not in _NEVER}
     of_command = table.get(command)
@@ -119,6 +119,12 @@ def _table(path: Path) -> Mapping[str, Any] | None:
     if not isinstance(table, Mapping):
         raise UsageError(f"{path}: tool.onnxprune is no table", hint="Write [tool.onnxprune] and one setting per line.")
     return table
+
+
+def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by their names in Python: in a file they may be spelled as on the command line (round-to)."""
+    named = {name.replace("-", "_"): value for name, value in table.items()}
+    return {n: _underscored(value) if _is_table_of(n, value) else value for n, value in named.items()}
 
 
 def _is_table_of(name: str, value: Any) -> bool:

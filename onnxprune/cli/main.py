@@ -38,6 +38,24 @@ _LOUD_AND_QUIET = "onnxprune.cli.loud_and_quiet"
 _OWN_FLAGS = ("-h", "--help", "--help-all", "--version")
 
 
+_KIND_OF_OUTPUT = re.compile(r"(?P<joined>--output=)?(?P<kind>[^=]+=[a-z]+(:-?\d+)?)")
+
+
+def _kinds_apart(args: list[str]) -> list[str]:
+    """Return arguments in which ``--output NAME=KIND`` is ``--output-kind``: the name of a file ends otherwise."""
+    after = iter(["", *args])
+    apart: list[str] = []
+    for before, arg in zip(after, args, strict=False):
+        match = _KIND_OF_OUTPUT.fullmatch(arg)
+        if match and match["joined"]:
+            apart.append(f"--output-kind={match['kind']}")
+        elif match and before == "--output":
+            apart[-1:] = ["--output-kind", arg]
+        else:
+            apart.append(arg)
+    return apart
+
+
 class DefaultGroup(click.Group):
     """A group that runs ``prune`` when no subcommand is named, and turns every failure into an exit code."""
 
@@ -50,6 +68,7 @@ class DefaultGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default subcommand in front of a model or an option; keep what looks like a mistyped subcommand."""
+        args = _kinds_apart(args)
         ctx.obj = _screen(args)
         ctx.meta[_NOTHING] = not args
         ctx.meta[_LOUD_AND_QUIET] = all(_volume(args))

@@ -276,8 +276,9 @@ class Selector:
         captured = captured_maps(self.context, self.analysis, groups, self.needs, removed)
         short = captured.shortage()
         if short is not None and removed is None:
+            samples = "1 sample" if captured.samples == 1 else f"{captured.samples} samples"
             self.warnings.append(
-                f"{self.name} has {captured.samples} sample{'s' * (captured.samples != 1)}, but {short[0]} needs at least {short[1]} to find "
+                f"{self.name} has {samples}, but {short[0]} needs at least {short[1]} to find "
                 "dependent channels: its scores are uncertain."
             )
         # Scores that solve for dependent channels take the cube of their number.

@@ -189,6 +189,8 @@ def _unpruned(report: Report) -> str:
     """List the layers that kept their channels, grouped by reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     default = "No ratio was given, or it comes to less than one unit."
+    if report.settings.get("scope") == "global":
+        default = "Units of other layers are worth less for what they cost, or the ratio comes to less than one unit."
     default = default if report.budget is None else "The budget keeps all of their units."
     named = numbers.readable([layer.name for layer in report.layers])
     for name, layer in zip(named, report.layers, strict=True):
@@ -269,7 +271,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, float | str]
         "<tr>" + "".join(f'<td data-by="{escape(str(by))}">{escape(text)}</td>' for text, by in row) + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table class="sorts"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "sorts" if rows and isinstance(rows[0][-1][1], str) else "sorts figures"
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _pair(before: int, after: int) -> tuple[str, float]:
@@ -433,7 +436,7 @@ def _recovered(report: Report) -> str:
     rows: list[list[tuple[str, float | str]]] = [
         [
             (name, name),
-            (layer.how, layer.how),
+            (tables.fit_in_words(layer.how), layer.how),
             (f"{100 * layer.before:.2f} %", layer.before),
             (f"{100 * layer.after:.2f} %", layer.after),
         ]
@@ -480,7 +483,8 @@ dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .3em
 dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 details { margin: .4em 0; } summary { cursor: pointer; } li, td:first-child { overflow-wrap: anywhere; }
 .scroll { overflow: auto; max-height: 34em; border: 1px solid var(--line); border-radius: 6px; }
-.scroll table { margin: 0; width: 100%; } .sorts td:last-child, .sorts th:last-child { text-align: left; }
+.scroll table { margin: 0; width: 100%; }
+.sorts:not(.figures) td:last-child, .sorts:not(.figures) th:last-child { text-align: left; }
 .sorts th { cursor: pointer; position: sticky; top: 0; background: var(--paper); white-space: nowrap; }
 .sorts td { white-space: nowrap; border-top: 1px solid var(--line); } .sorts td:first-child { min-width: 12em; }
 .sorts td:nth-child(2), .sorts th:nth-child(2) { text-align: left; }

@@ -492,12 +492,13 @@ def recovered_layers(repairs: Sequence[Repair], *, name_width: int) -> list[Rend
             continue
         error = numbers.change(_share(item.before), _share(item.after))
         style = "" if item.done else "dim"
-        table.add_row(numbers.shorten(name, name_width), _how(item.how), error, style=style)
+        table.add_row(numbers.shorten(name, name_width), fit_in_words(item.how), error, style=style)
     note = "hold-out error: error at the layer's output on hold-out samples, as a share of its variance"
     return [table, Text(note, style="dim")]
 
 
-def _how(how: str) -> str:
+def fit_in_words(how: str) -> str:
+    """Return in words how a layer was fitted."""
     first, *tail = how.split(" ", 1)
     word = _HOW.get(first.rstrip(","), first)
     return f"{word}, ridge {tail[0]}" if first == "lstsq" and tail else " ".join([word, *tail])

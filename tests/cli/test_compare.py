@@ -109,6 +109,9 @@ def test_kinds_are_set_by_the_user(run) -> None:
     assert (output["kind"], output["axis"]) == ("embedding", 1)
     done = run("compare", MODEL, MODEL, "--output-kind", f"{name}=classs")
     assert done.exit_code == 2 and "unknown kind 'classs'" in done.stderr
+    for form in (["--output", f"{name}=classs"], [f"--output={name}=classs"]):  # a file is -o FILE or ends in .onnx
+        done = run("compare", MODEL, MODEL, *form)
+        assert done.exit_code == 2 and "unknown kind 'classs'" in done.stderr
     with pytest.raises(UsageError, match="not an axis"):
         op.compare(MODEL, MODEL, outputs={name: "classes:last"})
 

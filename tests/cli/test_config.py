@@ -29,7 +29,7 @@ def test_a_file_sets_what_was_not_typed(api, run, model, project) -> None:
     project(
         """
         ratio = 0.5
-        round_to = 8
+        round-to = 8
         device = "hexagon"
         scope = "global"
         include = ["a*", "b*"]
@@ -45,6 +45,7 @@ def test_a_file_sets_what_was_not_typed(api, run, model, project) -> None:
         mean = [0.5, 0.5, 0.5]
         """
     )
+    assert run(model).exit_code == 0 and api.calls.pop()["round_to"] == 8
     result = run(model, "--round-to", "4")
     assert result.exit_code == 0, result.stderr
     (call,) = api.calls
