@@ -448,7 +448,7 @@ def _recovered(report: Report) -> str:
 
 def _times(report: Report) -> str:
     """List the time of each stage, on the clock and of all processors; a stage may lie within another."""
-    rows = [
+    rows: list[list[tuple[str, float | str]]] = [
         [(name, name), *((numbers.seconds(each), each) for each in (time.seconds, time.processor_seconds))]
         for name, time in report.timings.items()
     ]

@@ -76,10 +76,11 @@ def _check(rows: Rows, spec: InputSpec) -> None:
         raise UsageError(f"{rows.place} has dtype {rows.dtype}; input {spec.name!r} needs {allowed}", hint=_CASTS)
 
 
-def _transposition(shape: Sequence[int], expected: Sequence[int | None]) -> str:
+def _transposition(shape: Sequence[int], expected: Sequence[int | str | None]) -> str:
     """Return a hint where the axes behind the samples only stand in another order, as in pictures; else nothing."""
     axes = range(1, len(shape))
-    orders = [order for order in permutations(axes) if all(expected[i] in (None, shape[order[i - 1]]) for i in axes)]
+    free = [not isinstance(size, int) for size in expected]
+    orders = [o for o in permutations(axes) if all(free[i] or expected[i] == shape[o[i - 1]] for i in axes)]
     # channels first or last: the order of the other axes stays
     orders = [order for order in orders if order[1:] == tuple(axes)[:-1] or order[:-1] == tuple(axes)[1:]]
     if len(shape) < 3 or len(orders) != 1:
