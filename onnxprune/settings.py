@@ -1069,7 +1069,6 @@ SETTINGS: tuple[Setting, ...] = (
         (),
         many=True,
         conflicts=_PLAN,
-        brief="Inputs and outputs that may shrink; repeatable.",
     ),
     Setting(
         "cache_heads",
@@ -1079,7 +1078,6 @@ SETTINGS: tuple[Setting, ...] = (
         {"prune": WHAT, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         False,
         conflicts=_PLAN,
-        brief="Let caches of a decoder shrink.",
     ),
     Setting(
         "experts",
@@ -1099,7 +1097,6 @@ SETTINGS: tuple[Setting, ...] = (
         "is given too. The map from old to new ids is written beside the model.",
         {"prune": AMOUNT},
         conflicts=_PLAN,
-        brief="Tokens to keep: a file of ids, or auto.",
     ),
     Setting(
         "keep_ids",
@@ -1123,7 +1120,6 @@ SETTINGS: tuple[Setting, ...] = (
         "Configuration that came with the model (config.json, genai_config.json): its numbers of heads, layers and "
         "channels are written anew, beside the output; the file itself stays as it is.",
         {"prune": WHAT},
-        brief="Configuration to write with new sizes.",
     ),
     Setting(
         "rank",

@@ -70,7 +70,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
 
 @command("prune", "Prune the channels of a model (the default command).", _EXAMPLES["prune"], model="MODEL.onnx")
 def prune(screen: Screen, options: CommandOptions) -> None:
-    """Prune channels of an ONNX model exactly, and verify the result in onnxruntime."""
+    """Prune the channels of an ONNX model exactly, and verify the result."""
     target = options.output or beside(options.model, "pruned")
     _check(options, target, check_criterion)
     start = monotonic()
