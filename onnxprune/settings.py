@@ -1179,7 +1179,6 @@ SETTINGS: tuple[Setting, ...] = (
                 "brief": "magnitude, wanda, obs, snip, taylor, ...",
             },
         },
-        brief="How channels are scored, for example l2 or wanda.",
     ),
     Setting(
         "layers",

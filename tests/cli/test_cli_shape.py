@@ -334,7 +334,8 @@ def test_inspect_json(api, run, model) -> None:
 
 def test_inspect_passes_its_options_on(api, run, model) -> None:
     run("inspect", model, "--approximate", "--input-shape", "x=1,2")
-    assert api.calls == [{"model": model, "input_shapes": {"x": (1, 2)}, "approximate": True}]
+    (call,) = api.calls
+    assert (call["model"], call["input_shapes"], call["approximate"]) == (model, {"x": (1, 2)}, True)
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
