@@ -1087,7 +1087,6 @@ SETTINGS: tuple[Setting, ...] = (
         f"{argument('ratio')} is given too.",
         {"prune": AMOUNT},
         conflicts=("plan", "budget"),
-        brief="Experts to remove: a number or a share.",
     ),
     Setting(
         "vocabulary",
