@@ -15,7 +15,7 @@ from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.allocation.rounding import Rounding, rounded_counts
 from onnxprune.allocation.settings import Request, is_excluded, own_ratio
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.groups import Group
+from onnxprune.channels.groups import FEW, Group
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.channels.survivors import Survivors
 from onnxprune.graph import cost
@@ -23,6 +23,9 @@ from onnxprune.graph.view import Node
 from onnxprune.importance.scores import columns, over_columns
 from onnxprune.labels.atoms import Reason, mix
 from onnxprune.labels.label import Ids, Label
+
+# Share of a few heads that may go, as a multiple of the ratio: of two heads one goes from a ratio of a third on.
+_MOST_OF_FEW = 1.5
 
 
 def removed_share(ratio: float, schedule: str, progress: float) -> float:
@@ -556,6 +559,8 @@ def rank_groups(
         if group.id in pool.two_way:
             ratio = 1.0 - math.sqrt(1.0 - ratio)
         counts = counts_of(group, request, None if multiples is None else multiples[group.id])
+        if request.scope == "local" and group.steps < FEW and _is_cached(analysis, group):
+            counts = counts[counts <= _MOST_OF_FEW * ratio * group.steps]
         is_local, before = (
             group.id in pool.local,
             0 if removed is None else _num_removed_steps(group, removed_units, dead),
@@ -564,6 +569,13 @@ def rank_groups(
             values, group.classes, group.steps, counts, ratio, is_local, alike.get(group.id), before
         )
     return result
+
+
+def _is_cached(analysis: Analysis, group: Group) -> bool:
+    """Return whether a group is of heads whose keys and values come in as inputs."""
+    births = analysis.units.atoms.births
+    numbers = [int(b) for g in (group.id, *group.children) for b in analysis.units.groups[g].births]
+    return group.kind == "heads" and any(births[b].tensor in analysis.table.resizable for b in numbers)
 
 
 def counts_of(group: Group, request: Request, multiple: int | None = None) -> Ids:

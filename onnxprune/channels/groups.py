@@ -127,6 +127,12 @@ def _place(values: Ids, order: Ids, ids: Ids) -> Ids:
     return np.where(values[place] == ids, place, -1)
 
 
+FEW = 4
+"""Number of heads below which one is a large share."""
+QUERIES = "queries"
+"""The axis of small ratios: heads of queries where there are few of keys and values, else ``head_dim``."""
+
+
 def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "head_dim") -> None:
     """Choose between the cells and the rows of a grid where both could be pruned.
 
@@ -134,7 +140,9 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
         units: components and groups; ``prunable`` and ``children`` of the groups are filled in.
         views: the grids that each group's units appear in.
         axis: ``head_dim``: rows (heads) are pruned only where the cells beneath them cannot be; ``heads``: wherever
-            they can be, in place of the cells; ``both``: rows, and cells of the remaining rows.
+            they can be, in place of the cells; ``both``: rows, and cells of the remaining rows. Of fewer than four rows
+            that hold cells of their own, :data:`QUERIES` prunes cells that are rows themselves instead, else it is
+            ``head_dim``.
     """
     children_of, blocked = _children(units)
     rows_by_group = defaultdict[int, list[int]](list)
@@ -147,8 +155,11 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
         cells_work = (
             parent not in blocked and real and all(units.groups[c].prunable for c in real) and -1 not in children
         )
+        # Of few rows each is a large share: heads of queries go rather than one of two heads of keys and values.
+        if axis == QUERIES and group.size < FEW and -1 not in children and real:
+            cells_work = all(units.groups[c].kind == "heads" and units.groups[c].prunable for c in real)
         is_covered = any(units.groups[c].covered for c in real)
-        group.prunable &= not (is_covered or (cells_work and axis == "head_dim"))
+        group.prunable &= not (is_covered or (cells_work and axis in ("head_dim", QUERIES)))
         group.prunable = group.prunable and _can_go_whole(units, group, views, rows_by_group)
         if group.prunable and not (cells_work and axis == "both"):
             for c in real:

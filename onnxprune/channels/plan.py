@@ -122,7 +122,8 @@ class PlanRotation:
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file.
 
-    ``resize_io``: inputs and outputs of the model that may lose channels.
+    ``resize_io``: inputs and outputs of the model that may lose channels. ``reshape_axis``: axis of grids that was
+    pruned, where the groups depend on it; empty where they do not.
     """
 
     model_sha256: str = ""
@@ -134,6 +135,7 @@ class Plan:
     branches: list[PlanBranch] = field(default_factory=list)
     experts: list[PlanExperts] = field(default_factory=list)
     resize_io: list[str] = field(default_factory=list)
+    reshape_axis: str = ""
     vocabulary: PlanVocabulary | None = None
     rotations: list[PlanRotation] = field(default_factory=list)
 
@@ -151,11 +153,11 @@ class Plan:
         for branch in data["branches"]:
             if not branch["keep_cache"]:
                 del branch["keep_cache"]
-        for name in ("rotations", "branches", "experts", "resize_io", "factorized", "vocabulary"):
+        for name in ("rotations", "branches", "experts", "reshape_axis", "resize_io", "factorized", "vocabulary"):
             if not data[name]:
                 del data[name]
-        start = ("version", "model_sha256", "criterion", "vocabulary", "resize_io", "rotations", "branches")
-        names = (*start, "experts", "groups", "barriers", "factorized")
+        start = ("version", "model_sha256", "criterion", "vocabulary", "reshape_axis", "resize_io", "rotations")
+        names = (*start, "branches", "experts", "groups", "barriers", "factorized")
         return {k: data[k] for k in names if k in data}
 
     def save(self, path: str | Path) -> None:

@@ -52,7 +52,8 @@ def make_plan(analysis: Analysis, removed: Mask, criterion: str) -> Plan:
     names = analysis.resizing.names or ()
     resize_io = [n for n in dict.fromkeys([*analysis.graph.inputs, *analysis.graph.outputs]) if n in names]
     barriers = [asdict(b) for b in analysis.barriers]
-    return Plan(analysis.loaded.sha256, criterion, groups, barriers, resize_io=resize_io)
+    axis = analysis.reshape_axis if analysis.reshape_axis == "heads" and analysis.table.atoms.columns else ""
+    return Plan(analysis.loaded.sha256, criterion, groups, barriers, resize_io=resize_io, reshape_axis=axis)
 
 
 def _slot(analysis: Analysis, slot: SlotView, by_atom: NDArray[np.int64], group: int) -> PlanSlot:
@@ -91,7 +92,9 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
         )
     known = analysis.units.groups
     rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
-    if any(not g.prunable for g in rows):  # made where whole rows of grids were pruned
+    if plan.reshape_axis == "heads":
+        analysis = analysis.with_reshape_axis(plan.reshape_axis)
+    elif any(not g.prunable for g in rows):  # made where whole rows of grids were pruned
         analysis = analysis.with_reshape_axis("both")
     units = analysis.units
     mask = np.zeros(units.frozen.size, dtype=bool)

@@ -23,7 +23,7 @@ from onnxprune.allocation.selection import (
 )
 from onnxprune.allocation.settings import Request
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.groups import Group
+from onnxprune.channels.groups import QUERIES, Group
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.devices import kernels_of
 from onnxprune.errors import Note, UsageError, argument
@@ -96,7 +96,8 @@ class Selector:
         retrain: Callable[[Analysis, Mask], Analysis] | None = None,
     ) -> None:
         self.context, self.request, self._retrain = context, request, retrain
-        self.analysis = analysis = analysis.with_reshape_axis(request.reshape_axis)
+        is_small = request.reshape_axis == "head_dim" and request.ratio < 1 / 3
+        self.analysis = analysis = analysis.with_reshape_axis(QUERIES if is_small else request.reshape_axis)
         self.criterion, self.name = criterion, name
         self.needs = needs_of(criterion)
         if self.needs and context.calibration is None:

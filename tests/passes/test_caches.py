@@ -121,6 +121,8 @@ def test_a_loop_with_presents_fed_back_equals_that_of_the_masked_original(kind: 
     changed = {r.name: (r.before, r.after) for r in result.report.resized}
     after = ["N", KV // 2, "P", SIZE] if axis == "heads" else ["N", KV, "P", SIZE // 2]
     assert changed["past.0.key"] == (["N", KV, "P", SIZE], after)
+    again = op.prune(decoder(kind, norm), plan=result.plan, latency=False, validate=False)
+    assert again.model == result.model
     # By default, a cache keeps its size.
     frozen = op.prune(decoder(kind, norm), **{**settings, "validate": False})
     assert not frozen.report.resized and KEY not in {p.key for p in frozen.model.metadata_props}
@@ -286,3 +288,27 @@ def test_configurations_of_other_models_are_refused(tmp_path: Path, text: str | 
         path.write_text(text)
     with pytest.raises(UsageError, match=message):
         op.prune(decoder("groups"), cache_heads=True, model_config=path)
+
+
+def test_few_heads_are_spared_at_small_ratios() -> None:
+    """Of two heads of keys and values none goes at 0.3; heads of queries go in their place."""
+    net = Net(18)
+    x = net.input("x", ["N", "S", WIDTH])
+    parts = [net.linear(x, WIDTH, n * SIZE) for n in (8, 2, 2)]
+    pasts = [net.input(f"past.{kind}", ["N", 2, "P", SIZE]) for kind in ("key", "value")]
+    mask = net.input("mask", ["N", "T"], np.int64)
+    total = net.op("Cast", net.op("Gather", net.op("Shape", mask), net.const(1)), to=TensorProto.INT32)
+    last = net.op("Cast", net.op("Sub", net.reduce("ReduceSum", mask, [1], 0), net.const(1)), to=TensorProto.INT32)
+    inputs = [*parts, *pasts, last, total]
+    joint, *presents = net.op("GroupQueryAttention", *inputs, n=3, domain=MS, num_heads=8, kv_num_heads=2)
+    y = net.linear(joint, 8 * SIZE, 3)
+    shapes = {y: ["N", "S", 3], **{name: ["N", 2, "T", SIZE] for name in presents}}
+    model = net.model(y, *presents, check=False, shapes=shapes)
+    heads = {}
+    for axis, ratio in (("head_dim", 0.3), ("heads", 0.3), ("heads", 0.5)):
+        settings = {"criterion": "l2", "latency": False, "validate": False, "round_to": 1}
+        result = op.prune(model, ratio=ratio, reshape_axis=axis, cache_heads=True, **settings)
+        (node,) = (n for n in result.model.graph.node if n.op_type == "GroupQueryAttention")
+        attributes = {a.name: a.i for a in node.attribute}
+        heads[axis, ratio] = [attributes["num_heads"], attributes["kv_num_heads"]]
+    assert heads == {("head_dim", 0.3): [6, 2], ("heads", 0.3): [8, 2], ("heads", 0.5): [4, 1]}
