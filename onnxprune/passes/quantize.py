@@ -97,8 +97,7 @@ class Quantize(Pass):
             with Workspace.of(context.analysis) as trial:
                 feeds = None if self.mode == "dynamic" or split is None else _first(split.fit)
                 parts, facts.bytes_float = _converted(trial, work.model.model(), per_channel, feeds)
-            if per_channel:
-                parts = _stored_as_codes(parts, model.analysis)
+            parts = _stored_as_codes(parts, model.analysis, per_channel)
             facts.weights, facts.elements = _num_codes(parts)
             if not facts.weights:
                 raise _nothing(model)
@@ -334,7 +333,8 @@ def _converted(
     proto.metadata_props.add(key=PREPARED[0], value=PREPARED[1])
     source, size = trial.write(proto, weights, "float")
     external = size > 1 << 30
-    operators = _operators(proto, feeds is not None)
+    bodies = any(a.HasField("g") for node in load(source).as_read.graph.node for a in node.attribute)
+    operators = _operators(proto, feeds is not None, bodies)
     target = source.with_name("quantized.onnx")
     if operators:
         quantize_file(source, target, operators=operators, per_channel=per_channel, feeds=feeds, external=external)
@@ -343,11 +343,12 @@ def _converted(
     return (_as_before(loaded.proto, parts[0]), result), size
 
 
-def _operators(proto: onnx.ModelProto, static: bool) -> list[str]:
+def _operators(proto: onnx.ModelProto, static: bool, bodies: bool) -> list[str]:
     """Return the types of the operators to quantize: none whose weights are in another precision."""
     half = {t.name for t in proto.graph.initializer if t.data_type != TensorProto.FLOAT and len(t.dims) > 1}
     others = {node.op_type for node in proto.graph.node if half & set(node.input)}
-    return operators_for({(node.op_type, node.domain) for node in proto.graph.node}, others, static=static)
+    present = {(node.op_type, node.domain) for node in proto.graph.node}
+    return operators_for(present, others, static=static, bodies=bodies)
 
 
 def _with_initializers(parts: ModelParts) -> tuple[onnx.ModelProto, dict[str, Weight]]:
@@ -388,8 +389,8 @@ def _as_before(proto: onnx.ModelProto, before: onnx.ModelProto) -> onnx.ModelPro
 # -- weights that are only stored in 8 bits ----------------------------------------------------------------------------
 
 
-def _stored_as_codes(parts: ModelParts, analysis: Analysis) -> ModelParts:
-    """Return the model with the weights that are still float as codes, a scale for each channel or row."""
+def _stored_as_codes(parts: ModelParts, analysis: Analysis, per_channel: bool) -> ModelParts:
+    """Return the model with the weights that are still float as codes, a scale for each channel or row, or one."""
     proto, weights = onnx.ModelProto(), dict(parts[1])
     proto.CopyFrom(parts[0])
     graph = Graph.of(parts[0], parts[1])
@@ -397,7 +398,7 @@ def _stored_as_codes(parts: ModelParts, analysis: Analysis) -> ModelParts:
     for node in graph.steps:
         found = _table(graph, node) or _float_weight(graph, node, shape)
         if found is not None:
-            _decode(proto, weights, *found)
+            _decode(proto, weights, found[0], found[1] if per_channel else None)
     return proto, weights
 
 
@@ -436,8 +437,8 @@ def _is_worth(graph: Graph, name: str) -> bool:
     return stored and large and weight.dtype == np.float32 and name not in graph.outputs and name not in graph.captured
 
 
-def _decode(proto: onnx.ModelProto, weights: MutableMapping[str, Weight], name: str, axis: int) -> None:
-    """Store a weight as codes with a scale for each index along an axis, in front of everything that reads it."""
+def _decode(proto: onnx.ModelProto, weights: MutableMapping[str, Weight], name: str, axis: int | None) -> None:
+    """Store a weight as codes, with a scale for each index along an axis or one (None), ahead of all that read it."""
     if f"{name}_quantized" in weights:
         return
     value = weights.pop(name).read().astype(np.float64)
@@ -445,7 +446,8 @@ def _decode(proto: onnx.ModelProto, weights: MutableMapping[str, Weight], name: 
     largest = np.abs(value).max(axis=others, keepdims=True)
     scale = np.where(largest > 0, largest, TOP) / TOP
     codes = np.clip(np.rint(value / scale), -TOP, TOP).astype(np.int8)
-    arrays: dict[str, np.ndarray[Any, Any]] = {"quantized": codes, "scale": scale.reshape(-1).astype(np.float32)}
+    shape = () if axis is None else (-1,)
+    arrays: dict[str, np.ndarray[Any, Any]] = {"quantized": codes, "scale": scale.reshape(shape).astype(np.float32)}
     kept = [t for t in proto.graph.initializer if t.name != name]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
@@ -454,7 +456,10 @@ def _decode(proto: onnx.ModelProto, weights: MutableMapping[str, Weight], name: 
         weights[weight.name] = weight
         proto.graph.initializer.append(placeholder(weight))
     inputs = [f"{name}_quantized", f"{name}_scale"]
-    proto.graph.node.insert(0, helper.make_node("DequantizeLinear", inputs, [name], f"{name}_decode", axis=axis))
+    node = helper.make_node("DequantizeLinear", inputs, [name], f"{name}_decode")
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+    proto.graph.node.insert(0, node)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -731,6 +731,12 @@ class Layer:
         bias_source.write(overlay, (bias / self.form.bias_scale).reshape(bias_source.shape(overlay)), ratio)
         return rounded, bias_source.read(overlay).reshape(bias.shape) * self.form.bias_scale
 
+    @property
+    def _bias_shape(self) -> tuple[int, ...]:
+        """The shape of a bias of one number per output: a column where outputs lie along the first of two axes."""
+        is_column = isinstance(self.form, Pairwise) and len(self.form.terms[2]) == 2 and self.form.output_axis(2) == 0
+        return (-1, 1) if is_column else (-1,)
+
     def _write_bias(self, bias: RealArray, ratio: RealArray | None) -> None:
         stored = self.target.bias
         if stored is not None and stored.chain:
@@ -739,14 +745,14 @@ class Layer:
         dtype = self._weights[self.target.weight.root].dtype if stored is None else self._weights[stored.root].dtype
         if stored is not None:
             shape = self._weights[stored.root].shape
-            self._set(stored.root, bias.reshape(shape) if shape[-1:] == (bias.size,) else bias, dtype)
+            self._set(stored.root, bias.reshape(shape if prod(shape) == bias.size else self._bias_shape), dtype)
             return
         if not bias.any():
             return
         name = self._editor.unused_name(f"{self.node.inputs[self.form.weight]}.bias")
         position = self.form.bias
         assert position is not None
-        self._editor.add_constant(ArrayWeight(name, bias.astype(dtype)))
+        self._editor.add_constant(ArrayWeight(name, bias.astype(dtype).reshape(self._bias_shape)))
         self._editor.connect(self.node, position, name)
 
     def _set(self, name: str, value: RealArray, dtype: np.dtype[np.generic]) -> None:

@@ -24,18 +24,23 @@ _BETWEEN = (
 """Operators that pass on codes between convolutions. Sums of a transformer's residual stream would lose too much."""
 
 
-def operators_for(present: Collection[tuple[str, str]], excluded: Collection[str], *, static: bool) -> list[str]:
+def operators_for(
+    present: Collection[tuple[str, str]], excluded: Collection[str], *, static: bool, bodies: bool
+) -> list[str]:
     """Return the types of the operators that the quantizer is to take.
 
     Args:
         present: type and domain of the operators of the model.
         excluded: types to leave out.
         static: whether ranges of activations are known ahead (QDQ).
+        bodies: whether nodes have bodies, which read tensors of the graph by name.
     """
     types = {op for op, _ in present} - set(excluded)
     if not static:
         # An Attention of the standard domain has no weights.
         return [op for op in _DYNAMIC if op in types and (op != "Attention" or (op, "") not in present)]
+    if bodies:  # the quantizer renames tensors of the graph, and bodies read them by their names
+        return []
     convolves = bool(types & {"Conv", "ConvTranspose"})
     return [op for op in (*_LAYERS, *(_BETWEEN if convolves else ())) if op in types]
 

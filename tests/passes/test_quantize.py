@@ -183,3 +183,37 @@ def test_the_command_writes_the_quantized_model(tmp_path: Path) -> None:
     assert report["totals"]["bytes_after"] == (tmp_path / "m.pruned.onnx").stat().st_size
     run = subprocess.run([*call, "qdq"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "--quantize dynamic" in run.stderr
+
+
+BRANCH = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,3,6,6] x, bool c) => (float[N,24,6,6] y) {
+    a = Conv<pads=[1,1,1,1]>(x, w)
+    r = Relu(a)
+    y = If(c) <
+        then_branch = t () => (float[N,24,6,6] p) { p = Relu(r) },
+        else_branch = f () => (float[N,24,6,6] q) { q = Neg(r) }
+    >
+}"""
+
+
+def test_bodies_find_the_tensors_that_they_read() -> None:
+    model = onnx.parser.parse_model(BRANCH)
+    weight = np.random.default_rng(0).normal(size=(24, 3, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    feed = {"x": DATA["x"], "c": np.array(True)}
+    calls = [{"x": DATA["x"][i : i + 8], "c": np.array(True)} for i in range(0, 64, 8)]
+    result = op.passes.Pipeline([op.passes.Quantize("qdq")]).run(model, data=calls)
+    expected = outputs(model, feed)
+    assert np.abs(outputs(result.model, feed) - expected).max() < 0.05 * np.abs(expected).max()
+    assert len(codes(result.model)) == 1
+
+
+def test_biases_lie_along_the_outputs_of_a_product_with_the_weight_in_front() -> None:
+    net = Net(17)
+    x = net.op("Transpose", net.linear(net.input("x", ["N", 6]), 6, 14, bias=False), perm=[1, 0])
+    y = net.op("Gemm", net.weight(10, 14), x, net.weight(10, 1))
+    model = net.model(y)
+    data = {"x": np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)}
+    result = op.passes.Pipeline([op.passes.Quantize("qdq")]).run(model, data=data)
+    expected = outputs(model, data)
+    assert np.abs(outputs(result.model, data) - expected).max() < 0.05 * np.abs(expected).max()
