@@ -155,9 +155,9 @@ def choose_rows(units: Units, views: Mapping[int, Sequence[Ids]], axis: str = "h
         cells_work = (
             parent not in blocked and real and all(units.groups[c].prunable for c in real) and -1 not in children
         )
-        # Of few rows each is a large share: heads of queries go rather than one of two heads of keys and values.
-        if axis == QUERIES and group.size < FEW and -1 not in children and real:
-            cells_work = all(units.groups[c].kind == "heads" and units.groups[c].prunable for c in real)
+        # Of few rows each is a large share: heads of queries, or channels, go rather than one of two heads of keys.
+        if axis == QUERIES and group.size < FEW and real:
+            cells_work = all(units.groups[c].prunable for c in real)
         is_covered = any(units.groups[c].covered for c in real)
         group.prunable &= not (is_covered or (cells_work and axis in ("head_dim", QUERIES)))
         group.prunable = group.prunable and _can_go_whole(units, group, views, rows_by_group)
