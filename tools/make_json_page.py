@@ -225,6 +225,15 @@ MEANINGS = {
         "reasons": "why tables and outputs keep their size, by name",
         "map": "file of the new ids; empty where ids stay",
     },
+    "ExpertFacts": {
+        "name": "the node that chooses",
+        "experts": "how many there are",
+        "top_k": "how many are chosen for every token",
+        "removed": "numbers of those that went",
+        "scores": "of all, those of the least score go first; empty where a plan decided",
+        "params": "elements of weights that went",
+        "reason": "why none went, or fewer than asked",
+    },
     "BranchFacts": {
         "name": "tensor that the branch ends in",
         "sum": "node that adds it",
@@ -445,6 +454,7 @@ CLASSES += [
     facts.Repair,
     facts.Finetuning,
     facts.VocabularyFacts,
+    facts.ExpertFacts,
     facts.BranchFacts,
     facts.ResizedTensor,
     facts.RotatedStream,
