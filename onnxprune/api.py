@@ -285,8 +285,8 @@ def prune(
     shorter = _shortening(depth, first, validate, which)
     chosen = _experts(experts, first, validate, {"include": include, "exclude": exclude})
     words = _vocabulary(vocabulary, keep_ids, tokenizer, first, validate)
-    asked = ratio is not None or layers or spec.any or remove_dead
-    if (shorter or words or chosen) and not (asked or _lists_more(first.replayed)):
+    is_request = ratio is not None or layers or spec.any or remove_dead
+    if (shorter or words or chosen) and not (is_request or _lists_more(first.replayed)):
         first = None
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
@@ -1039,13 +1039,13 @@ def train(
             hint="Give steps (500), a time (90s, 3m, 1h), or nothing.",
         )
     effort = Effort(*effort_of(True if finetune is None else finetune, argument("finetune")))
-    penalized, rest = effort.part(PENALIZED), effort.part(1 - PENALIZED)
+    penalized, remaining = effort.part(PENALIZED), effort.part(1 - PENALIZED)
     first = Regularize(
         regularize, ratio, penalized, labels=labels, groups=groups, strength=strength, threshold=threshold
     )
     removal = [RemoveDead(), Exact()] if remove_dead else []
     check = Validate(exact=False, timed=latency)
-    stages = [Flush(), first, *removal, Finetune(rest, labels=labels), check, *_measures(metric)]
+    stages = [Flush(), first, *removal, Finetune(remaining, labels=labels), check, *_measures(metric)]
     result = Pipeline(stages).execute(model, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

@@ -919,8 +919,8 @@ class Pipeline:
         facts: list[Fact] = [Sizes(bytes_before=context.analysis.loaded.size)]
         restricting = [stage for stage in self.passes if isinstance(stage, Restricting)]
         for restriction in restricting:
-            context, found = restriction.restrict(context)
-            facts += found
+            context, facts_of_restriction = restriction.restrict(context)
+            facts += facts_of_restriction
         current = Model.of(context.analysis)
         for stage in self.passes:
             _require(stage, context, current, of_context=True)

@@ -878,7 +878,7 @@ WEIGHT_CRITERIA = ("magnitude", "wanda", "obs", "gradient", "snip", "snip-moment
 QUANTIZERS = ("dynamic", "qdq")
 TARGET_KINDS = ("macs", "params", "size", "latency", "peak-memory")
 
-_EVERY = dict.fromkeys(_OF_MODELS, INPUT)
+_ALL_MODELS = dict.fromkeys(_OF_MODELS, INPUT)
 _RUN = {command: INPUT for command in _OF_MODELS if command != "inspect"}
 _SHOWN = dict.fromkeys(COMMANDS, OUTPUT)
 _PLAN, _BUDGET = ("plan",), ("plan", "budget")
@@ -1584,7 +1584,7 @@ SETTINGS: tuple[Setting, ...] = (
         "input_shapes",
         Shapes(),
         "Shape of an input whose sizes are not in the model; repeatable.",
-        _EVERY,
+        _ALL_MODELS,
         option="--input-shape",
         many=True,
         variants={

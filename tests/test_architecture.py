@@ -181,6 +181,65 @@ def test_functions_fit_a_screen(name: str) -> None:
             assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
 
 
+MOST_PARAMETERS = 8
+PUBLIC_CALLS = {"operators.contractions.Windows.__init__", "pipeline.Pipeline.run", "search.spec.BudgetSpec.of"}
+PUBLIC_CALLS |= {"passes.regularize.Regularize.__init__"}
+"""Public calls outside of ``api``: a convolution's attributes, a run's options, the arguments of a budget and a pass."""
+RECORDS_EXPECTED = {"training.loop.train"}
+"""Parts of a training that its only caller and the tests bring one by one."""
+
+
+def functions(node: ast.AST, path: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions below a node, with their dotted names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(child, ast.FunctionDef):
+                yield f"{path}.{child.name}", child
+            yield from functions(child, f"{path}.{child.name}")
+        else:
+            yield from functions(child, path)
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n and n != "api"])
+def test_functions_take_few_parameters(name: str) -> None:
+    for path, node in functions(tree(modules()[name]), name):
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        names = [n for n in names if n not in ("self", "cls")]
+        if path not in PUBLIC_CALLS | RECORDS_EXPECTED:
+            assert len(names) <= MOST_PARAMETERS, f"{path} has {len(names)} parameters: which belong together?"
+
+
+VAGUE = set(
+    "found kept left gone seen taken made given wanted done asked held chosen whole rest own every some needed said "
+    "told most shared".split()
+)
+"""Words that do not say what they name."""
+OPERANDS = ("operators", "gradients", "graph.probes", "report.page")
+"""Rooms in which ``left`` is the left operand of a product or an equation, or the left edge of a drawing."""
+REPORTED = {"done", "asked", "chosen", "found"}
+"""Fields of the report, which are keys of its JSON, too."""
+
+NEW = {"channels.plan", "passes.regularize", "passes.vocabulary", "pruning.vocabulary", "training.penalties"}
+"""Modules whose names are still being looked for."""
+
+
+def bound(node: ast.AST) -> str:
+    """The name that a node gives to something; empty where it gives none."""
+    if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+        return node.id if isinstance(node, ast.Name) else node.attr
+    if isinstance(node, ast.arg):
+        return node.arg
+    return node.name if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ""
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n and n not in NEW])
+def test_names_say_what_they_hold(name: str) -> None:
+    allowed = {"left"} if name.startswith(OPERANDS) else REPORTED if name == "report.facts" else set()
+    for node in ast.walk(tree(modules()[name])):
+        word = bound(node).strip("_").lower()
+        assert word not in VAGUE - allowed, f"line {getattr(node, 'lineno', 0)}: {word} says too little"
+
+
 def test_there_is_no_drawer_for_everything() -> None:
     """No module is called utils, helpers, common or misc."""
     assert not {n for n in modules() if n.split(".")[-1] in ("utils", "helpers", "common", "misc")}

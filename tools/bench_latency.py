@@ -88,7 +88,7 @@ def run_task(task: Task) -> dict[str, Any]:
 
     from onnxprune import Pipeline, errors
     from onnxprune.passes import Flush, Prune
-    from onnxprune.runtime.latency import latency
+    from onnxprune.runtime.latency import Device, latency
 
     try:
         passes = [Prune(ratio=task.ratio, round_to=task.round_to), Flush()]
@@ -109,7 +109,7 @@ def run_task(task: Task) -> dict[str, Any]:
         result.save(small)
         try:
             feed = feed_for(task.path, result.context.analysis)
-            measure = {"runs": 5000, "threads": task.threads, "budget_s": task.seconds, "steady": True}
+            measure = {"runs": 5000, "device": Device(threads=task.threads), "budget_s": task.seconds, "steady": True}
             times = asdict(latency(task.path, small, [feed], **measure))
             why = reasons(task, result.final, small, feed) if task.why else {}
         except Exception as error:

@@ -25,7 +25,7 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 # Elements of a tensor from which it is not laid out to be moved.
-_MOST = 1 << 24
+_MAX_ELEMENTS = 1 << 24
 # Operators whose result is a mean, or the largest, of values of one channel: a value that is the same everywhere stays.
 _LOCAL = ("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool")
 _SAMPLED = ("nearest", "linear")
@@ -231,7 +231,7 @@ class Constants:
         data = [inputs[i] or self._nothing(node.inputs[i]) for i in positions]
         if move is not Move.ORDER:
             shapes = [self.facts.shape(node.inputs[i]) for i in positions]
-            if any(s is None or None in s or prod(s) > _MOST for s in shapes):
+            if any(s is None or None in s or prod(s) > _MAX_ELEMENTS for s in shapes):
                 return []
             data = [Known(*(np.broadcast_to(part, s) for part in k)) for k, s in zip(data, shapes, strict=True)]
         operands = [] if move is Move.JOIN else self._operands(node)

@@ -26,7 +26,7 @@ from onnxprune.settings import (
     settings_of,
 )
 
-OWN, SHARED = "onnxprune.toml", "pyproject.toml"
+OWN_FILE, PROJECT_FILE = "onnxprune.toml", "pyproject.toml"
 _NEVER = ("config", "no_config")
 _GATES = ("runs",)
 """Needs of settings that are gates: one that cannot be asked is an error, also where it comes from a file."""
@@ -50,9 +50,9 @@ class Configured:
 def find(folder: Path) -> Path | None:
     """Return the nearest file with settings, from a folder upwards; None where there is none."""
     for place in (folder, *folder.parents):
-        if (place / OWN).is_file():
-            return place / OWN
-        in_project = place / SHARED
+        if (place / OWN_FILE).is_file():
+            return place / OWN_FILE
+        in_project = place / PROJECT_FILE
         if in_project.is_file() and _mentions(in_project) and _table(in_project) is not None:
             return in_project
     return None
@@ -115,7 +115,7 @@ def _table(path: Path) -> Mapping[str, Any] | None:
     tool = document.get("tool")
     table = tool.get("onnxprune") if isinstance(tool, Mapping) else None
     if table is None:
-        return None if path.name == SHARED else document
+        return None if path.name == PROJECT_FILE else document
     if not isinstance(table, Mapping):
         raise UsageError(f"{path}: tool.onnxprune is no table", hint="Write [tool.onnxprune] and one setting per line.")
     return table

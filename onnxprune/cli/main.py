@@ -27,7 +27,7 @@ from onnxprune.cli.commands import (
     sweep,
     train,
 )
-from onnxprune.cli.options import WHOLE, HeadedCommand, help_all, write_examples
+from onnxprune.cli.options import FULL_HELP, HeadedCommand, help_all, write_examples
 from onnxprune.errors import UsageError
 from onnxprune.report.console import Screen
 from onnxprune.settings import COMMANDS, spell
@@ -132,11 +132,11 @@ class DefaultGroup(click.Group):
         names = ctx.help_option_names
         with click.Context(command, parent=ctx.parent, info_name=ctx.info_name, help_option_names=names) as inner:
             inner.meta.update(ctx.meta)
-            if ctx.meta.get(WHOLE):
+            if ctx.meta.get(FULL_HELP):
                 command.write_groups(inner, formatter)
             else:
                 command.write_essential(inner, formatter)
-        shows_all = ctx.meta.get(WHOLE)
+        shows_all = ctx.meta.get(FULL_HELP)
         listed = [(n, entry.get_short_help_str(64)) for n, entry in self.commands.items() if shows_all or n != DEFAULT]
         with formatter.section("Commands"):
             formatter.write_dl(listed)

@@ -69,7 +69,7 @@ class HeadedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all options in their groups, or the essential ones and where the others are."""
-        if ctx.meta.get(WHOLE):
+        if ctx.meta.get(FULL_HELP):
             self.write_groups(ctx, formatter)
             return
         self.write_essential(ctx, formatter)
@@ -107,7 +107,7 @@ def _short_record(param: HeadedOption) -> str:
 
 
 _LONG_VALUE = 20
-WHOLE = "onnxprune.cli.whole_help"
+FULL_HELP = "onnxprune.cli.whole_help"
 
 
 def help_all() -> Callable[..., Any]:
@@ -115,7 +115,7 @@ def help_all() -> Callable[..., Any]:
 
     def show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
-            ctx.meta[WHOLE] = True
+            ctx.meta[FULL_HELP] = True
             click.echo(ctx.get_help(), color=ctx.color)
             ctx.exit()
 

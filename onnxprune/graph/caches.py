@@ -9,7 +9,7 @@ from onnxprune.graph.view import Graph
 from onnxprune.operators.registry import Move, rule_of
 
 # Moves that a cache may take on its way from the input to the output.
-_MOVES = (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER, Move.SOME)
+_MOVES = (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER, Move.SELECT)
 
 
 @dataclass(frozen=True, slots=True)

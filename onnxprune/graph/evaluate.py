@@ -19,7 +19,7 @@ from onnxprune.operators.registry import rule_of
 Values = list["np.ndarray | None"]
 
 # Limits on the elements of a result: absolute, and as a multiple of the elements of its inputs.
-_MOST, _TIMES = 1 << 22, 16
+_MAX_ELEMENTS, _TIMES = 1 << 22, 16
 _OPERAND = 1 << 10  # elements of a tensor that may hold a shape
 
 
@@ -64,7 +64,7 @@ def evaluate(node: Node, values: Values) -> list[np.ndarray] | None:
     if rule.random or rule.training is not None or node.op in CONTROL:
         return None
     try:
-        if _elements(node, values) > max(_MOST, _TIMES * sum(v.size for v in values if v is not None)):
+        if _elements(node, values) > max(_MAX_ELEMENTS, _TIMES * sum(v.size for v in values if v is not None)):
             return None
         with np.errstate(all="ignore"):
             result = rule.evaluate(node, values)

@@ -144,10 +144,10 @@ def record(model: onnx.ModelProto, stages: Mapping[str, Stage]) -> None:
     if not stages:
         return
     present = {value.name for value in (*model.graph.input, *model.graph.output)}
-    every = {name: list(known) for name, known in resized_of(model).items() if name in present}
+    records = {name: list(known) for name, known in resized_of(model).items() if name in present}
     for name, stage in stages.items():
-        every.setdefault(name, []).append(stage)
-    text = json.dumps({name: [_plain(stage) for stage in known] for name, known in every.items()})
+        records.setdefault(name, []).append(stage)
+    text = json.dumps({name: [_plain(stage) for stage in known] for name, known in records.items()})
     for entry in model.metadata_props:
         if entry.key == KEY:
             entry.value = text

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxprune.labels.label import Ids, Label
 
-_MOST = 1 << 26
+_MAX_ATOMS = 1 << 26
 
 
 class Reason(StrEnum):
@@ -117,7 +117,7 @@ class Atoms:
 
     def new(self, n: int, tensor: str, axis: int) -> Ids:
         """Return ``n`` fresh atoms born on ``axis`` of ``tensor``. Raises ValueError where there would be too many."""
-        if self.count + n > _MOST:
+        if self.count + n > _MAX_ATOMS:
             raise ValueError(f"an axis of {n:,} channels is more than the analysis can label")
         start, self.count = self.count, self.count + n
         self.births.append(Birth(start, self.count, tensor, axis))

@@ -36,7 +36,7 @@ from onnxprune.operators.registry import Move, Read, Rule, WithoutAddends, regis
 class Gather(Rule):
     """Positions selected by an index tensor, known or computed."""
 
-    moves = Move.SOME
+    moves = Move.SELECT
 
     def propagate(self, step: Step) -> None:
         """Select positions for a known scalar or list; freeze the axis for an unknown index."""

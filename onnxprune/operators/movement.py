@@ -334,14 +334,14 @@ Range = tuple[int, int, int]
 """(start, end, step) along one axis."""
 # Either bound fits into 32 bits, which operands may have.
 _LAST = (1 << 31) - 1
-_WHOLE: Range = (0, _LAST, 1)
+_FULL_RANGE: Range = (0, _LAST, 1)
 
 
 class Split(Rule):
     """Consecutive parts along one axis."""
 
     operands = targets = (1,)
-    moves = Move.SOME
+    moves = Move.SELECT
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the size of the axis and the sum of the parts."""
@@ -413,7 +413,7 @@ class Slice(Rule):
     """Ranges along axes, with constant bounds."""
 
     operands = (1, 2, 3, 4)
-    moves = Move.SOME
+    moves = Move.SELECT
 
     def _bounds(self, step: Step) -> list[Bounds] | None:
         """Return bounds of every sliced axis; None where they, or the axes, are not known."""
@@ -480,7 +480,7 @@ class Slice(Rule):
             range_found = _as_range(positions, int(keep.sum()), old, self._stated(cut, k) or old)
             if range_found is None:
                 gathers.append((axis, positions))
-            ranges.append(range_found or _WHOLE)
+            ranges.append(range_found or _FULL_RANGE)
         last = gathers.pop() if len(gathers) == len(ranges) > 0 else None
         for axis, positions in gathers:
             cut.pick(0, axis, positions)

@@ -48,7 +48,7 @@ class Move(Enum):
     CAST = "every value where it was, in another type"
     SHAPE = "every value, in the same order, under another shape"
     ORDER = "every value, in another order"
-    SOME = "some of the values"
+    SELECT = "some of the values"
     REPEAT = "every value, some several times"
     JOIN = "every value of all inputs, one input behind the other"
 

@@ -24,7 +24,7 @@ from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.comparable import inside
 from onnxprune.pipeline import Context
 from onnxprune.pruning.rewriting import cut
-from onnxprune.runtime.capture import MEMORY, Checkpoint, Request, capture, to_maps
+from onnxprune.runtime.capture import Checkpoint, Request, capture, to_maps
 
 # Bytes of one Gram matrix beyond which the positions of a kernel share a Gram of the channels.
 _LARGEST_GRAM = 256 << 20
@@ -84,11 +84,9 @@ def captured_maps(
             model,
             requests.requests,
             source,
-            min_batch=source.fixed or 1,
-            max_batch=source.fixed or source.max_size,
             sizes=bytes_per_sample(analysis, (r.tensor for r in requests.requests)),
             types=types,
-            memory=min(MEMORY, context.memory_limit or MEMORY),
+            limits=source.limits(context.memory_limit),
             checkpoint=checkpoint,
             tell=lambda share: context.tell("capture", share),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.pipeline import Context, HoldOut
-from onnxprune.runtime.capture import count
+from onnxprune.runtime.capture import MEMORY, CallLimits, count
 from onnxprune.runtime.sessions import Feed
 
 # One batch of this many is held out: of a recovery, which needs most for the fit; and of measurements of sensitivity
@@ -47,6 +47,10 @@ class CalibrationBatches:
     def __iter__(self) -> Iterator[Feed]:
         """Iterate over the data once, in batches of the usual size."""
         return self.batches()
+
+    def limits(self, memory: int | None) -> CallLimits:
+        """Return the limits of a call that captures inner tensors within ``memory`` bytes; None: the usual ones."""
+        return CallLimits(self.fixed or 1, self.fixed or self.max_size, min(MEMORY, memory or MEMORY))
 
     @property
     def samples(self) -> int | None:

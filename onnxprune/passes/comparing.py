@@ -14,7 +14,7 @@ from onnxprune.graph.probes import input_specs
 from onnxprune.operators.registry import rule_of
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context
-from onnxprune.pruning.holding import MADE, SEEN, Holding, SurvivorSteps, no_steps
+from onnxprune.pruning.holding import COMPUTED_SUFFIX, VALUE_SUFFIX, Holding, SurvivorSteps, no_steps
 from onnxprune.pruning.masked import Model
 from onnxprune.report.facts import Exactness
 from onnxprune.runtime.compare import Comparison, Rounding, compare_models
@@ -106,11 +106,13 @@ class Pair:
                 comparison = compare_models(a, b, firsts, self.rounding, others=seconds)
         except (KeyError, ModelError):
             return None
-        idle = {name: why for name, why in comparison.idle.items() if not name.endswith((SEEN, MADE))}
+        idle = {
+            name: why for name, why in comparison.idle.items() if not name.endswith((VALUE_SUFFIX, COMPUTED_SUFFIX))
+        }
         operators = _listed(holding.operators)
         remark = f"compared before operators that choose or draw, and after them with equal choices: {operators}"
         note = f"{comparison.facts.note}; {remark}" if comparison.facts.note else remark
-        worst = comparison.facts.worst_output.removesuffix(SEEN).removesuffix(MADE)
+        worst = comparison.facts.worst_output.removesuffix(VALUE_SUFFIX).removesuffix(COMPUTED_SUFFIX)
         return comparison._replace(facts=replace(comparison.facts, note=note, worst_output=worst), idle=idle)
 
     @contextmanager

@@ -18,8 +18,8 @@ from onnxprune.passes.calibrate import bytes_per_sample, columns_of, shared_colu
 from onnxprune.passes.calibration import CalibrationBatches
 from onnxprune.passes.comparable import inside
 from onnxprune.pipeline import Context
-from onnxprune.runtime.capture import MEMORY, capture
 from onnxprune.runtime.capture import Request as CaptureRequest
+from onnxprune.runtime.capture import capture
 from onnxprune.sparsification.scores import InputGram
 
 # Bytes of all second moments together, and of those of one layer: beyond, positions of a kernel share their moments.
@@ -75,18 +75,16 @@ def input_grams(
             (graph.proto, weights),
             list(requests.values()),
             source,
-            min_batch=source.fixed or 1,
-            max_batch=source.fixed or source.max_size,
             types=types,
             sizes=bytes_per_sample(analysis, (r.tensor for r in requests.values())),
-            memory=min(MEMORY, context.memory_limit or MEMORY),
+            limits=source.limits(context.memory_limit),
             tell=lambda share: context.tell("capture", share),
         )
     results = {key: request.statistic.result() for key, request in requests.items()}
     return {
-        name: _mean([results[k] for k in node_form], node_form[0][2])
-        for name, node_form in keys.items()
-        if all(map(results.get, node_form))
+        name: _mean([results[k] for k in weight_keys], weight_keys[0][2])
+        for name, weight_keys in keys.items()
+        if all(map(results.get, weight_keys))
     }
 
 

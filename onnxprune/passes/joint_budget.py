@@ -47,7 +47,7 @@ _CLEARLY = 0.5
 _ROUNDS = 4
 # Relevant error of a layer, and the factor over the first choice's error that is too much to pay for speed.
 _MATTERS, _MUCH = 0.05, 3.0
-_TAKEN = (
+_CHEAPER_CHOSEN = (
     "some factorized layers get no faster on their own: without them the largest error of a layer would be "
     "{spared:.0%} in place of {kept:.1%}; a smaller ratio may not need them"
 )
@@ -189,7 +189,7 @@ class JointBudget:
             if cheap is None and _worst(results) > bearable:
                 cheap = before
                 if quick(cheap):
-                    self.remarks.append(_TAKEN.format(spared=_worst(results), kept=_worst(cheap)))
+                    self.remarks.append(_CHEAPER_CHOSEN.format(spared=_worst(results), kept=_worst(cheap)))
                     self._choices.candidates = {d.name: d.candidate for d in cheap}
                     self._explain(slower)
                     return cheap
@@ -343,7 +343,7 @@ def _difference(
 # Runs of either form, and the seconds they may take together.
 _RUNS, _SECONDS = 15, 0.4
 # Runs of whole models.
-_WHOLE = 30
+_MODEL_RUNS = 30
 
 
 def model_latency(context: Context, analysis: Analysis, before: ModelParts, after: ModelParts) -> Latency | None:
@@ -353,8 +353,8 @@ def model_latency(context: Context, analysis: Analysis, before: ModelParts, afte
             return None
         one, _ = trial.write(*before, "before")
         other, _ = trial.write(*after, "after")
-        feeds, where = synthetic_feeds(context, analysis)[:1], context.device
-        return latency(one, other, feeds, runs=_WHOLE, threads=where.threads, providers=where.providers)
+        feeds = synthetic_feeds(context, analysis)[:1]
+        return latency(one, other, feeds, runs=_MODEL_RUNS, device=context.device)
 
 
 def layer_latency(

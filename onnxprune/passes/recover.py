@@ -43,7 +43,7 @@ from onnxprune.recovery import MODES
 from onnxprune.recovery.attention import Mixing, find_pairs, mixings
 from onnxprune.recovery.in_floats import in_floats
 from onnxprune.recovery.layer import Counted, Get, Problem, recover_layer
-from onnxprune.recovery.regression import HELD, Solution
+from onnxprune.recovery.regression import HOLD_OUT_PERIOD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.report.facts import FEW_SAMPLES, Fact, Fidelity, Recovered, Recovery, Remark, Repair
 from onnxprune.runtime import sessions
@@ -276,7 +276,7 @@ def _batches(context: Context, analysis: Analysis) -> list[Feed]:
         context.stages.leave_out(f"recovery from more than the first {source.samples} of {amount}")
     size = min(32, context.calibration.batch_size or 32)
     if source.samples is not None:
-        size = max(1, min(size, source.samples // (2 * HELD)))
+        size = max(1, min(size, source.samples // (2 * HOLD_OUT_PERIOD)))
     batches = list(source.batches(size))
     if not batches:
         raise _too_few(source)

@@ -32,7 +32,7 @@ Make = Callable[[Spread, Shapes, int], Feed]
 _SAMPLES, _LEAST, _NUMBERS = 512, 64, 1 << 25
 _PLAIN = RANGES["sd 1"]
 # Samples of every range to look at, fewer where they are large, with at most so many numbers; and samples of a call.
-_LOOKS, _FEWEST, _SEEN, _BATCH = 128, 32, 1 << 19, 32
+_LOOKS, _FEWEST, _MAX_VALUES, _BATCH = 128, 32, 1 << 19, 32
 
 
 class SyntheticCalibration(NamedTuple):
@@ -105,7 +105,7 @@ def _choose(context: Context, analysis: Analysis, trial: Workspace, make: Make, 
         return ""
     shapes = _shapes(analysis, trial, make, gauge.samples_per_call(_LOOKS))
     one = make(_PLAIN, shapes, 0)
-    calls = -(-_num_samples(one, _SEEN, _FEWEST, _LOOKS) // count(one))
+    calls = -(-_num_samples(one, _MAX_VALUES, _FEWEST, _LOOKS) // count(one))
     drawn = [one, *(make(_PLAIN, shapes, n) for n in range(1, calls))]
     scores: dict[str, float] = {}
     path, _ = trial.write(with_outputs(analysis.graph.proto, gauge.names), analysis.graph.weights, "looked_at")

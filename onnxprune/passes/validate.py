@@ -92,9 +92,8 @@ class Validate(Pass):
             yield Remark("Latency was not measured: original and result would be in memory at once.")
         elif self.timed:
             with context.stage("latency"):
-                feed, where = timing_feed(context, trial), context.device
-                conditions: dict[str, Any] = {"threads": where.threads, "providers": where.providers}
-                model_latency = latency.latency(trial.original, final, [feed], least_s=_LEAST_SECONDS, **conditions)
+                feed, device = timing_feed(context, trial), context.device
+                model_latency = latency.latency(trial.original, final, [feed], device=device, least_s=_LEAST_SECONDS)
                 yield model_latency
                 if self.timed == LAYERS:
                     yield _layer_times(context, (trial.original, final), feed, model_latency)

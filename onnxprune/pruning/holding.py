@@ -28,7 +28,7 @@ Feed = dict[str, Any]
 SurvivorSteps = Callable[[str], Steps | None]
 """Steps from a tensor of the reference to that of the other model; None where they are not known."""
 
-HELD, SEEN, MADE = "__held", "__seen", "__made"
+HELD_SUFFIX, VALUE_SUFFIX, COMPUTED_SUFFIX = "__held", "__seen", "__made"
 """Endings of names: of inputs with held values, of outputs with the values of a model, of those computed from them."""
 
 _SEED = 7
@@ -192,13 +192,13 @@ class Holding:
         result: tuple[Feed, Feed] = ({}, {})
         for feed, part in zip(result, ("all", "kept"), strict=True):
             for name in self._inputs:
-                feed[f"{name}{HELD}"] = values[f"{name}__{part}"]
+                feed[f"{name}{HELD_SUFFIX}"] = values[f"{name}__{part}"]
             for name, (_, _, _, scale) in self._drawn.items():
                 value = values[f"{name}__{part}"]
                 if scale is not None:
                     kind = onnx.helper.tensor_dtype_to_np_dtype(self._kind(name))
                     value = (value.astype(np.float32) * scale).astype(kind)
-                feed[f"{name}{HELD}"] = value
+                feed[f"{name}{HELD_SUFFIX}"] = value
         return result
 
     def pair(self) -> tuple[Model, Model]:
@@ -207,19 +207,19 @@ class Holding:
         for side, (proto, weights) in enumerate(models):
             for name, (other_name, steps) in self._inputs.items():
                 self._add_input(proto, name)
-                output = f"{name}{SEEN}"
+                output = f"{name}{VALUE_SUFFIX}"
                 gather(proto, weights, other_name if side else name, output, [] if side else steps)
                 proto.graph.output.append(onnx.ValueInfoProto(name=output))
             for name, steps in self._computed.items():
-                gather(proto, weights, name, f"{name}{MADE}", [] if side else steps)
-                proto.graph.output.append(onnx.ValueInfoProto(name=f"{name}{MADE}"))
+                gather(proto, weights, name, f"{name}{COMPUTED_SUFFIX}", [] if side else steps)
+                proto.graph.output.append(onnx.ValueInfoProto(name=f"{name}{COMPUTED_SUFFIX}"))
             for index, partner, i, name in self._choices:
-                proto.graph.node[partner if side else index].input[i] = f"{name}{HELD}"
+                proto.graph.node[partner if side else index].input[i] = f"{name}{HELD_SUFFIX}"
             for index, partner, name in self._enclosed:
-                _rename(proto.graph.node[partner if side else index], name, f"{name}{HELD}")
+                _rename(proto.graph.node[partner if side else index], name, f"{name}{HELD_SUFFIX}")
             for name, (index, partner, _, scale) in self._drawn.items():
                 self._add_input(proto, name)
-                self._replace(proto.graph.node[partner if side else index], f"{name}{HELD}", scale)
+                self._replace(proto.graph.node[partner if side else index], f"{name}{HELD_SUFFIX}", scale)
         return models
 
     def _replace(self, node: onnx.NodeProto, input_name: str, scale: float | None) -> None:
@@ -232,7 +232,7 @@ class Holding:
             node.CopyFrom(onnx.helper.make_node("Mul", [source, input_name], [output]))
 
     def _add_input(self, proto: onnx.ModelProto, name: str) -> None:
-        info = onnx.helper.make_tensor_value_info(f"{name}{HELD}", self._kind(name), None)
+        info = onnx.helper.make_tensor_value_info(f"{name}{HELD_SUFFIX}", self._kind(name), None)
         proto.graph.input.append(info)
 
 

@@ -29,7 +29,7 @@ Kept = NDArray[np.int64]
 
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 _FEW = 16  # a table of so few rows, such as one of token types, may have the size of a classifier's output
-_PASSING = (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER, Move.SOME, Move.REPEAT)
+_PASSING = (Move.SAME, Move.CAST, Move.SHAPE, Move.ORDER, Move.SELECT, Move.REPEAT)
 
 
 @dataclass(frozen=True, slots=True)

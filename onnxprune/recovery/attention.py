@@ -21,7 +21,7 @@ from onnxprune.recovery.targets import RecoveryTarget, RecoveryTargets
 
 Array = NDArray[Any]
 
-_MOVES = (Move.SAME, Move.SHAPE, Move.ORDER, Move.SOME)
+_MOVES = (Move.SAME, Move.SHAPE, Move.ORDER, Move.SELECT)
 # Share of the largest eigenvalue below which a direction is rounding.
 _NOTHING = 1e-10
 

@@ -13,7 +13,7 @@ from scipy.linalg import LinAlgError
 from onnxprune.operators.contractions import Picked, pick, rows_per_sample
 from onnxprune.recovery.attention import Mixing
 from onnxprune.recovery.regression import (
-    HELD,
+    HOLD_OUT_PERIOD,
     NOTHING,
     RIDGES,
     WORTH,
@@ -36,7 +36,7 @@ Counted = Callable[[int, Sequence[int]], "NDArray[np.bool_] | None"]
 # rows of one sample are alike; half as many where each part has them for itself (a depthwise convolution).
 _ROWS, _FEW = 50, 160
 # Bytes of rows to keep between passes over them, and to join into one block.
-_KEPT = 256 << 20
+_CACHE_BYTES = 256 << 20
 _BLOCK = 16 << 20
 
 
@@ -167,7 +167,7 @@ class Problem:
             size += block.nbytes
             if blocks is not None:
                 blocks.append(block)
-                blocks = blocks if size <= _KEPT else None
+                blocks = blocks if size <= _CACHE_BYTES else None
         if blocks is not None:
             self._cached[held_out] = blocks
 
@@ -177,7 +177,7 @@ class Problem:
         if len(self.batches) == 1:
             rows = self._read(self.batches[0])
             count = rows.data.shape[1]
-            edge = max(1, count - max(1, count // HELD))
+            edge = max(1, count - max(1, count // HOLD_OUT_PERIOD))
             yield rows.part(slice(edge, None) if held_out else slice(0, edge))
             return
         size = 0
@@ -290,7 +290,7 @@ _STEPS = 2
 # Bytes of mean rows, one per sample and output, to hold at a time.
 _POOLED_BLOCK = 128 << 20
 # Largest number of rows per sample, and of bytes, at which all rows are used.
-_MOST = 1024
+_MAX_ROWS = 1024
 _BYTES = 1 << 30
 
 
@@ -344,7 +344,7 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
 
 def _means(problem: Problem, held_out: bool) -> Iterator[_Means]:
     """Return all rows, batch by batch; none where there are too many."""
-    for rows, samples in problem.every_row(held_out, _MOST, _BYTES):
+    for rows, samples in problem.every_row(held_out, _MAX_ROWS, _BYTES):
         yield _Means(rows, rows.data.shape[1] // samples)
 
 

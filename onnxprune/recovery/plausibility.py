@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 # Largest number of outputs of a layer to use, spread over all.
-_MOST = 512
+_MAX_COLUMNS = 512
 
 
 def measure_response(outputs: Array) -> float:
@@ -23,8 +23,8 @@ def measure_response(outputs: Array) -> float:
     Args:
         outputs: outputs of the layer, [rows, o].
     """
-    if outputs.shape[1] > _MOST:
-        outputs = outputs[:, :: -(-outputs.shape[1] // _MOST)]
+    if outputs.shape[1] > _MAX_COLUMNS:
+        outputs = outputs[:, :: -(-outputs.shape[1] // _MAX_COLUMNS)]
     rows, count = outputs.shape
     values = outputs.astype(np.float64)
     above = (values > 0).mean(axis=0)

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.linalg.lapack import dpstrf
 
-HELD = 5
+HOLD_OUT_PERIOD = 5
 """One batch in this many belongs to the hold-out."""
 
 
 def is_validation(batch: int, batches: int) -> bool:
     """Return whether a batch is held out; of few batches the last is, of one none."""
-    period = min(HELD, batches)
+    period = min(HOLD_OUT_PERIOD, batches)
     return period > 1 and batch % period == period - 1
 
 

@@ -276,7 +276,7 @@ def _threads(facts: SweepFacts) -> str:
     return "1 thread" if facts.threads == 1 else f"{facts.threads} threads"
 
 
-MOST = 30
+MAX_CURVES = 30
 """Groups that are listed where not every one is asked for."""
 LINES = 12
 """Groups up to which a plot draws a line for each: there are so many colours. More are shown as a heat map."""
@@ -285,7 +285,7 @@ LINES = 12
 def sensitivity_table(facts: Mapping[str, Any], *, name_width: int, show_all: bool) -> list[RenderableType]:
     """Render the groups, the most sensitive first; ``facts`` is the sensitivity as plain data."""
     curves = _sorted(facts)
-    shown = curves if show_all else curves[:MOST]
+    shown = curves if show_all else curves[:MAX_CURVES]
     shares = _shares(facts)
     columns = [(f"ratio {share:g}", "right") for share in shares]
     table = tables.table_of(("group", "left"), ("units", "right"), *columns)

@@ -28,7 +28,7 @@ from rich.text import Text
 P = ParamSpec("P")
 R = TypeVar("R")
 
-EVERY = 10.0
+INTERVAL = 10.0
 """Seconds between two lines of a stage in a log."""
 
 
@@ -140,10 +140,10 @@ def lines(write: Callable[[str], None], interval: float | None = None) -> Iterat
 
     Args:
         write: function that writes a line.
-        interval: seconds between ticks; None: ``EVERY``.
+        interval: seconds between ticks; None: ``INTERVAL``.
     """
     reporter, finished = Lines(write), threading.Event()
-    pause = EVERY if interval is None else interval
+    pause = INTERVAL if interval is None else interval
 
     def tick() -> None:
         while not finished.wait(pause):

@@ -16,7 +16,7 @@ from onnxprune.report import network, numbers, page, reasons, summary, tables
 from onnxprune.report.console import LABEL, Line
 from onnxprune.report.facts import BudgetFacts, LayerFacts, LayerTimes, Report
 
-_MOST = 10
+_MAX_ROWS = 10
 """Layers that Markdown lists: those that lost most parameters."""
 
 
@@ -70,7 +70,7 @@ def markdown(report: Report, spelled: Callable[[str], str] = str) -> str:
     changed = sorted(
         (layer for layer in report.layers if layer.params_after < layer.params_before),
         key=lambda layer: layer.params_after - layer.params_before,
-    )[:_MOST]
+    )[:_MAX_ROWS]
     if changed:
         named = dict(zip(map(id, report.layers), numbers.readable([x.name for x in report.layers]), strict=True))
         rows = [

@@ -638,7 +638,7 @@ def _answers(facts: BudgetFacts) -> str:
     return f"{best.name}{gap}" + (f", {best.fine:.4g} against {others}" if others else "")
 
 
-MOST = 20
+MAX_ROWS = 20
 """Nodes that are listed where not every one is asked for."""
 
 
@@ -647,7 +647,7 @@ def profile_table(facts: Profile, *, name_width: int, show_all: bool) -> list[Re
     alike: dict[str, list[NodeTime]] = {}
     for node in facts.nodes:
         alike.setdefault(node.name if show_all else repr((node.op, node.ms, node.at_shares)), []).append(node)
-    shown = list(alike.values())[: None if show_all else MOST]
+    shown = list(alike.values())[: None if show_all else MAX_ROWS]
     columns = [(f"at {share:g}", "right") for share in SHARES]
     table = table_of(("node", "left"), ("op", "left"), ("ms", "right"), ("share", "right"), *columns)
     total = sum(node.ms for node in facts.nodes) or 1.0

@@ -208,6 +208,26 @@ class Request:
     where: tuple[tuple[str, bool], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """Limits of one call of a model whose inner tensors are captured.
+
+    Attributes:
+        min_batch: smallest number of samples, 1 or more.
+        max_batch: largest number of samples.
+        memory: bytes of inner tensors to hold at a time.
+    """
+
+    min_batch: int = 1
+    max_batch: int = 16
+    memory: int = MEMORY
+
+    def batch_size(self, requests: Sequence[Request], sizes: Mapping[str, int]) -> int:
+        """Return the number of samples of a call that captures these tensors; ``sizes`` as in :func:`capture`."""
+        per_sample = sum(sizes.get(name, 0) for name in {r.tensor for r in requests})
+        return max(self.min_batch, 1, min(self.max_batch, self.memory // max(per_sample, 1)))
+
+
 def capture(
     model: tuple[onnx.ModelProto, Mapping[str, Weight]],
     requests: Sequence[Request],
@@ -215,9 +235,7 @@ def capture(
     *,
     sizes: Mapping[str, int],
     types: Mapping[str, Inner] | None = None,
-    min_batch: int = 1,
-    max_batch: int = 16,
-    memory: int = MEMORY,
+    limits: CallLimits | None = None,
     checkpoint: Checkpoint | None = None,
     tell: ProgressCallback | None = None,
 ) -> int:
@@ -229,9 +247,7 @@ def capture(
         source: the data.
         sizes: {tensor: bytes per sample}.
         types: {tensor: type} of the tensors (conditions, too) that lie in bodies.
-        min_batch: smallest number of samples per call, 1 or more.
-        max_batch: largest number of samples per call.
-        memory: bytes of inner tensors to hold at a time.
+        limits: limits of one call; None: those of :class:`CallLimits`.
         checkpoint: checkpoint of the accumulated sums, from which a run can be resumed.
         tell: progress callback, called with the share done, 0 to 1.
 
@@ -241,12 +257,13 @@ def capture(
     Raises:
         ModelError: the model does not run, or a tensor holds NaN or infinity. UsageError: there are no samples.
     """
-    passes = _passes(requests, sizes, memory)
+    limits = limits or CallLimits()
+    passes = _passes(requests, sizes, limits.memory)
     samples = 0
     with workspace() as folder:
         for number, part in enumerate(passes):
             share = PassProgress(tell, number, len(passes))
-            batch = max(min_batch, _batch_size(part, sizes, memory, max_batch))
+            batch = limits.batch_size(part, sizes)
             samples = _one_pass(model, part, source, types or {}, folder, batch, checkpoint, share)
     if requests and not samples:
         raise UsageError("The calibration data holds no samples.", hint="Give at least one batch of inputs.")
@@ -283,11 +300,6 @@ def _passes(requests: Sequence[Request], sizes: Mapping[str, int], memory: int) 
         names.add(request.tensor)
         free_bytes -= size
     return passes
-
-
-def _batch_size(requests: Sequence[Request], sizes: Mapping[str, int], memory: int, max_batch: int) -> int:
-    per_sample = sum(sizes.get(name, 0) for name in {r.tensor for r in requests})
-    return max(1, min(max_batch, memory // max(per_sample, 1)))
 
 
 def _one_pass(

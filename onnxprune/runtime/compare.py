@@ -168,7 +168,7 @@ __all__ = ["Comparison", "Rounding", "compare_models", "exactness", "fidelity", 
 _CAP = 1e-2  # what a model's own sensitivity may raise the tolerance to
 _QUANTIZED_CAP = 5e-2  # one rounding flip of an 8-bit activation is already a step of 1/255
 _FLOOR_FACTOR = 10.0
-HELD = "__held"
+HELD_SUFFIX = "__held"
 """Suffix of inputs that are not disturbed: held choices of operators, see :mod:`onnxprune.pruning.holding`."""
 
 
@@ -192,7 +192,7 @@ class Rounding:
 
 
 _FLOAT32 = Rounding()
-_MADE, _EQUAL = "__made", 1e-9  # what is made of the same values by the same operator
+_COMPUTED_SUFFIX, _EQUAL = "__made", 1e-9  # what is made of the same values by the same operator
 
 
 class Comparison(NamedTuple):
@@ -295,7 +295,7 @@ def compare_models(
     for output in outputs.values():
         output.eps_model = max(coarse, output.eps, rounding.of(output.name))
         output.tolerance = max(rounding.base, 4 * output.eps_model) if tolerance is None else tolerance
-        if output.name.endswith(_MADE):
+        if output.name.endswith(_COMPUTED_SUFFIX):
             output.tolerance, output.error = _EQUAL, max(output.error, float(output.differing > 0))
     if tolerance is not None or not _only_errors(outputs):
         return _verdict(outputs, batches)
@@ -315,7 +315,7 @@ def _only_errors(outputs: dict[str, Output]) -> bool:
 def _widen(outputs: dict[str, Output], floor: float, quantized: bool) -> None:
     """Raise tolerances to the reference's own sensitivity to rounding, within the cap."""
     for output in outputs.values():
-        if output.name.endswith(_MADE):
+        if output.name.endswith(_COMPUTED_SUFFIX):
             continue
         cap = max(_QUANTIZED_CAP if quantized else _CAP, 16 * output.eps_model)
         output.tolerance = max(output.tolerance, min(_FLOOR_FACTOR * floor, cap))
@@ -377,7 +377,7 @@ def _disturb(feed: Feed) -> Feed:
     result: Feed = {}
     for name, array in feed.items():
         unit = eps(array.dtype)
-        if unit and array.dtype.kind != "c" and not name.endswith(HELD):
+        if unit and array.dtype.kind != "c" and not name.endswith(HELD_SUFFIX):
             values = array.astype(np.float64)
             array = np.asarray(values * (1 + rng.uniform(-2 * unit, 2 * unit, array.shape))).astype(array.dtype)
         result[name] = array

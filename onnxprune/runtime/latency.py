@@ -16,7 +16,7 @@ import onnxruntime as ort
 from onnxprune.errors import ModelError, UsageError, argument, nearest
 from onnxprune.io.files import workspace
 from onnxprune.report.facts import Latency
-from onnxprune.runtime.sessions import Feed, Progress, open_session, prepare, run
+from onnxprune.runtime.sessions import Feed, open_session, prepare, run
 from onnxprune.settings import checked
 
 CPU = "CPUExecutionProvider"
@@ -210,7 +210,7 @@ def _per_node(events: Sequence[dict[str, object]], runs: int, share: float | Non
 
 
 _WARM_UP = 2
-_FEWEST, _MOST = 5, 400
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 400
 # Seconds that a clock may be coarse by.
 _FINE = 1e-6
 
@@ -221,12 +221,10 @@ def latency(
     feeds: Sequence[Feed],
     *,
     runs: int = 20,
-    threads: int | None = None,
-    providers: Sequence[str] = (CPU,),
+    device: Device | None = None,
     budget_s: float = 10.0,
     steady: bool = False,
     least_s: float = 0.0,
-    progress: Progress | None = None,
 ) -> Latency:
     """Measure the median milliseconds per run of two models with all graph optimisations, and how they compare.
 
@@ -238,17 +236,15 @@ def latency(
         after: the second model, a path or bytes.
         feeds: calls of both models, of which the first is run.
         runs: largest number of rounds, 1 or more.
-        threads: threads inside an operator, 1 or more; None: all processors that this process may use.
-        providers: onnxruntime providers, in order of preference.
+        device: providers and number of threads; None: the CPU with all processors that this process may use.
         budget_s: seconds after which measuring stops once five rounds are done.
         steady: see :func:`in_turn`.
         least_s: see :func:`in_turn`.
-        progress: callback, called with (stage, fraction).
 
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
     """
-    device = Device(tuple(providers), threads or processors())
+    device = Device(threads=processors()) if device is None else device
     times = in_turn(
         [before, after],
         feeds,
@@ -257,7 +253,6 @@ def latency(
         budget_s=budget_s,
         steady=steady,
         least_s=least_s,
-        progress=progress,
     )
     (before_ms, before_spread), (after_ms, after_spread) = (_summary(t) for t in times)
     paired, interval = paired_speedup(*times)
@@ -288,7 +283,6 @@ def in_turn(
     budget_s: float = 10.0,
     steady: bool = False,
     least_s: float = 0.0,
-    progress: Progress | None = None,
 ) -> list[list[float]]:
     """Measure the milliseconds of every run of several models on the first of ``feeds``.
 
@@ -305,7 +299,6 @@ def in_turn(
         steady: whether to measure the CPU time of the thread where one CPU thread runs the model, which leaves out
             waiting for other programs; with more threads there is no such clock.
         least_s: seconds to go on for where the rounds are short, 0 or more.
-        progress: callback, called with (stage, fraction).
 
     Raises:
         ModelError: a model does not load or run, or there is no input to run on.
@@ -323,15 +316,13 @@ def in_turn(
         for call in calls:
             call()
     times: list[list[float]] = [[] for _ in calls]
-    num_runs = max(runs, _FEWEST)
-    for index in range(max(num_runs, _MOST if least_s else 0)):
+    num_runs = max(runs, _MIN_ROUNDS)
+    for index in range(max(num_runs, _MAX_ROUNDS if least_s else 0)):
         spent = time.perf_counter() - start
-        if index >= _FEWEST and (spent > budget_s or (index >= num_runs and spent > least_s)):
+        if index >= _MIN_ROUNDS and (spent > budget_s or (index >= num_runs and spent > least_s)):
             break
         for which in range(len(calls)) if index % 2 == 0 else reversed(range(len(calls))):
             times[which].append(_timed(calls[which], clock))
-        if progress:
-            progress("latency", min(1.0, (index + 1) / num_runs))
     return times
 
 

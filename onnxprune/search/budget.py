@@ -49,7 +49,7 @@ from onnxprune.report.facts import (
     TargetFacts,
 )
 from onnxprune.search.depth import ChosenDepth, as_amounts, choose_depth, originals_of
-from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original
+from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
 from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, Mask, SearchProblem, tolerance
@@ -621,8 +621,9 @@ class Search:
                 self._work.part(part, (number + share) / count)
 
         split = TrialSplit(self.context.effort.trial_samples) if trial else None
-        options |= {"split": split, "branches": self.branches, "progress": progress}
-        evaluation = evaluate(self.context, problem.analysis, candidate.removed, **options)
+        options |= {"split": split, "progress": progress}
+        pruned = pruned_model(problem.analysis, candidate.removed, self.branches)
+        evaluation = evaluate(self.context, pruned, **options)
         self._answers.append((candidate, evaluation))
         self._tried.append((candidate.removed, _tried(problem, candidate, evaluation, trial)))
         return evaluation

@@ -52,9 +52,8 @@ def compare_models(context: Context, model: ModelSource, *, metric: Metric | Non
             facts.append(fidelity(*files, feeds, name, hints=hints, outputs=context.outputs, together=together))
         if timed and not (one.large or two.large):
             with context.stage("latency"):
-                where = context.device
                 feed = timing_feed(context, narrow)
-                facts.append(latency(*files, [feed], threads=where.threads, providers=where.providers))
+                facts.append(latency(*files, [feed], device=context.device))
         if metric is not None:
             with context.stage("metric"):
                 before, after = (measure_metric(metric, workspace.copy_of_original()) for workspace in (one, two))

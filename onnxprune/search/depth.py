@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from onnxprune.channels.plan import PlanBranch
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.depth import Shortening, facts_of, prove_branches
@@ -14,7 +13,7 @@ from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context, Model
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.report.facts import AnswerFacts, Fact, Shortened
-from onnxprune.search.evaluation import Quality, evaluate
+from onnxprune.search.evaluation import Quality, evaluate, pruned_model
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.problem import SearchProblem
 from onnxprune.search.spec import BudgetSpec
@@ -132,8 +131,5 @@ def _trial(context: Context, short: Model, prune: Prune, spec: BudgetSpec, mode:
     if candidate is None:
         raise BudgetError("The targets are out of reach with this number of branches.")
     split = TrialSplit(context.effort.trial_samples)
-    branches: Sequence[PlanBranch] = short.plan.branches
-    evaluation = evaluate(
-        context, analysis, candidate.removed, mode=mode, metric=spec.metric, split=split, branches=branches
-    )
-    return evaluation.quality
+    pruned = pruned_model(analysis, candidate.removed, short.plan.branches)
+    return evaluate(context, pruned, mode=mode, metric=spec.metric, split=split).quality

@@ -199,40 +199,37 @@ class Evaluation:
 
 def evaluate(
     context: Context,
-    analysis: Analysis,
-    removed: Mask,
+    pruned: Model,
     *,
     mode: str,
     metric: Metric | None = None,
     split: TrialSplit | None = None,
     near: bool = False,
     factorize: Factorize | None = None,
-    branches: Sequence[PlanBranch] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Prune, factorize, recover and measure, without changing the run.
+    """Factorize, recover and measure a pruned model, without changing the run.
 
     Args:
         context: the run.
-        analysis: of the original, or of the original without some branches.
-        removed: mask over atoms.
+        pruned: the model, see :func:`pruned_model`.
         mode: of the recovery.
         metric: the user's, None for fidelity.
         split: samples to recover from and to measure on; None for all, measured on the recovery's hold-out.
         near: recover only the layers whose inputs were pruned.
         factorize: the pass to run after pruning; its products are checked where all data are used.
-        branches: residual branches that the analysed model lacks.
         progress: callback for the stages of the recovery.
 
     Raises:
-        CannotRewrite: a node has no form with the new sizes. UsageError: the metric fails.
-        BudgetError: no ranks save as much as they are to. ValidationError: new layers are not what they should be.
+        UsageError: the metric fails. BudgetError: no ranks save as much as they are to.
+        ValidationError: new layers are not what they should be.
     """
+    analysis = pruned.analysis
     num_fit = None if split is None else split.num_fit(context, analysis)
     trial_context = context.for_trial(num_fit, progress)
     if factorize is not None and split is not None:
         factorize = factorize.unchecked()
-    result = prune_and_factorize(trial_context, analysis, removed, factorize, branches)
+    result = PassResult(pruned) if factorize is None else apply(factorize, trial_context, pruned)
     facts = list(result.facts)
     macs = next((fact.macs_after for fact in facts if isinstance(fact, Sizes)), None)
     if mode != "none":
@@ -246,25 +243,23 @@ def evaluate(
         if metric is not None:
             points = measure_metric(metric, path)
             quality = Quality(points, points, quality.fidelity)
-    macs = macs_after(analysis, removed) if macs is None else macs
+    macs = macs_after(analysis, pruned.removal) if macs is None else macs
     return Evaluation(model, facts, quality, size, model.num_parameters, macs)
 
 
-def prune_and_factorize(
-    context: Context,
-    analysis: Analysis,
-    removed: Mask,
-    factorize: Factorize | None = None,
-    branches: Sequence[PlanBranch] = (),
-) -> PassResult:
-    """Prune the model, and factorize it where that is part of the candidate, without recovery.
+def pruned_model(analysis: Analysis, removed: Mask, branches: Sequence[PlanBranch] = ()) -> Model:
+    """Return a model without some channels, not recovered.
+
+    Args:
+        analysis: of the original, or of the original without some branches.
+        removed: mask over atoms.
+        branches: residual branches that the analysed model lacks.
 
     Raises:
-        CannotRewrite: a node has no form with the new sizes. BudgetError: no ranks save as much as they are to.
+        CannotRewrite: a node has no form with the new sizes.
     """
     plan = Plan(branches=list(branches))
-    model = Model.of(analysis).with_parts(cut_model(analysis, removed), removed=removed, plan=plan)
-    return PassResult(model) if factorize is None else apply(factorize, context, model)
+    return Model.of(analysis).with_parts(cut_model(analysis, removed), removed=removed, plan=plan)
 
 
 def _recovered_fidelity(facts: Sequence[Fact], inputs: Sequence[Feed]) -> Fidelity | None:

@@ -21,8 +21,8 @@ from onnxprune.passes.calibration import MAX_TRIAL
 from onnxprune.passes.factor_work import Work, prepare_work
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.joint_budget import JointBudget
-from onnxprune.pipeline import Context, Model
-from onnxprune.search.evaluation import Evaluation, prune_and_factorize
+from onnxprune.pipeline import Context, Model, apply
+from onnxprune.search.evaluation import Evaluation, pruned_model
 from onnxprune.search.problem import Candidate, Evaluated, LimitCorrection, SearchProblem
 from onnxprune.search.refine import Space
 
@@ -38,7 +38,7 @@ _CORRECTIONS = 4
 # Part of the way to the target at which losses are compared, and the step for the slope.
 _HALF, _SLOPE = 0.5, 0.05
 # A limit without effect.
-_WHOLE = 0.99
+_NEARLY_ALL = 0.99
 
 
 class Mixture:
@@ -202,9 +202,8 @@ class Mixture:
         """Return seconds of a run of a candidate; recovery changes values alone."""
         assert candidate.factorize is not None
         trial_context = self._context.for_trial(MAX_TRIAL)
-        result = prune_and_factorize(
-            trial_context, problem.analysis, candidate.removed, candidate.factorize.unchecked()
-        )
+        pruned = pruned_model(problem.analysis, candidate.removed)
+        result = apply(candidate.factorize.unchecked(), trial_context, pruned)
         return problem.measured_model(result.model.parts, {"latency"})["latency"]
 
     def _weighed(self, weights: Array) -> dict[str, float]:
@@ -250,7 +249,7 @@ def _slope(problem: SearchProblem, choices: Choices, costs: Mapping[str, Cost]) 
         limits = {}
         for kind, maximum in problem.corrected_limits().items():
             base = problem.base(kind)
-            limits[kind] = base * (1 - factor) + factor * (maximum if maximum < _WHOLE * base else _HALF * base)
+            limits[kind] = base * (1 - factor) + factor * (maximum if maximum < _NEARLY_ALL * base else _HALF * base)
         allocation = allocate(choices, [Limit(costs[k], maximum) for k, maximum in limits.items()])
         losses.append(np.nan if allocation is None else allocation.loss)
     return float(np.nan_to_num(losses[1] - losses[0]))

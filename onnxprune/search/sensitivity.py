@@ -25,7 +25,7 @@ from onnxprune.passes.recover import noise
 from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
 from onnxprune.runtime import sessions
-from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original
+from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original, pruned_model
 from onnxprune.search.workers import WorkerRun, unpacked
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -64,8 +64,7 @@ def _measured(job: Job) -> list[tuple[float, float, str]]:
     for packed in job.removed.values():
         quality = evaluate(
             context,
-            analysis,
-            unpacked(packed, job.atoms),
+            pruned_model(analysis, unpacked(packed, job.atoms)),
             mode=job.mode,
             metric=job.metric,
             split=TrialSplit(max_validation=_MAX_VALIDATION),

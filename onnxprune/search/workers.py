@@ -20,7 +20,7 @@ from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.sessions import Feed
-from onnxprune.search.evaluation import Evaluation, Mask, Metric, evaluate
+from onnxprune.search.evaluation import Evaluation, Mask, Metric, evaluate, pruned_model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +150,7 @@ def _evaluated(trial: Trial) -> Evaluation:
         removed = unpacked(trial.removed, trial.atoms)
         split = TrialSplit(context.effort.trial_samples)
         mode = trial.mode if removed.any() else "none"
-        evaluation = evaluate(context, analysis, removed, mode=mode, metric=trial.metric, split=split)
+        evaluation = evaluate(context, pruned_model(analysis, removed), mode=mode, metric=trial.metric, split=split)
         model = replace(evaluation.model, analysis=cast(Analysis, None), hold_out=None)
         return replace(evaluation, model=model)
 

@@ -474,7 +474,7 @@ class Detections(Measure):
 
 _Boxes = tuple[Numbers, Numbers, Array]
 _NONE: _Boxes = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
-_MOST, _BEFORE = 100, 300
+_MAX_DETECTIONS, _BEFORE = 100, 300
 
 
 def _scores(level: Level, outputs: Feed) -> Numbers:
@@ -513,7 +513,7 @@ def _strongest(level: Level, outputs: Feed) -> list[_Boxes]:
         if not level.listed:
             keep = suppress(b, c)
             b, s, c = b[keep], s[keep], c[keep]
-        result.append((b[:_MOST], s[:_MOST], c[:_MOST]))
+        result.append((b[:_MAX_DETECTIONS], s[:_MAX_DETECTIONS], c[:_MAX_DETECTIONS]))
     return result
 
 

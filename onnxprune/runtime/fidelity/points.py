@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 
@@ -14,7 +14,7 @@ from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
 from onnxprune.runtime.fidelity.figures import Sums, add, finish
 from onnxprune.runtime.fidelity.kinds import Hint, Level, Part, Reading, read_outputs
 from onnxprune.runtime.fidelity.measures import Measure, measure_of
-from onnxprune.runtime.sessions import Feed, Openable, Progress, at_sizes_of, open_session, run
+from onnxprune.runtime.sessions import Feed, Openable, at_sizes_of, open_session, run
 
 Outputs = Mapping[str, tuple[str, int | None]]
 """Kinds of outputs as a user set them: {output: (kind, axis or None)}."""
@@ -72,8 +72,6 @@ def fidelity(
     hints: Mapping[str, Hint] | None = None,
     outputs: Outputs | None = None,
     together: bool = True,
-    threads: int | None = None,
-    progress: Progress | None = None,
     known: KnownOutputs | None = None,
 ) -> Fidelity:
     """Compare the final model with the original on ``feeds``, over all batches together.
@@ -97,8 +95,6 @@ def fidelity(
         hints: hints of the graph about the outputs; None: kinds follow from values and names alone.
         outputs: kinds that a user set.
         together: whether both models may be open at once.
-        threads: of onnxruntime.
-        progress: called with the share done.
         known: outputs of the original that earlier comparisons made, and that this one adds to; None: none.
 
     Raises:
@@ -107,8 +103,7 @@ def fidelity(
     judge = _Judge(hints or {}, outputs or {})
     samples = 0
     known = KnownOutputs(0) if known is None else known
-    reference = _Original(original, threads, known)
-    for batch in _batches(reference, final, feeds, hints or {}, together, threads, progress):
+    for batch in _batches(_Original(original, known), final, feeds, hints or {}, together):
         judge.take(batch)
         samples += next((int(array.shape[0]) for array in batch[0].values() if array.ndim), 1)
     return judge.facts(samples, source)
@@ -117,14 +112,14 @@ def fidelity(
 class _Original:
     """The original, opened once it has to run."""
 
-    def __init__(self, model: Openable, threads: int | None, known: KnownOutputs) -> None:
-        self._model, self._threads, self._known, self._session = model, threads, known, None
+    def __init__(self, model: Openable, known: KnownOutputs) -> None:
+        self._model, self._known, self._session = model, known, None
 
     def outputs(self, feed: Feed) -> Feed:
         """Return its outputs for these inputs."""
         outputs = self._known.get(feed)
         if outputs is None:
-            self._session = self._session or open_session(self._model, threads=self._threads)
+            self._session = self._session or open_session(self._model)
             outputs = run(self._session, feed)
             self._known.add(feed, outputs)
         return outputs
@@ -140,24 +135,19 @@ def _batches(
     feeds: Iterable[Feed],
     hints: Mapping[str, Hint],
     together: bool,
-    threads: int | None,
-    progress: Progress | None,
 ) -> Iterator[_Batch]:
     """Run both models on every batch of inputs; caches without input and output in the final model are left out."""
-    total = len(feeds) if isinstance(feeds, Sized) else 0
     outputs: Iterable[Feed | None] = repeat(None)
     if not together:
         outputs = [original.outputs(feed) for feed in feeds]
         original.close()
-    after = open_session(final, threads=threads)
+    after = open_session(final)
     names = {value.name for value in (*after.get_inputs(), *after.get_outputs())}
     absent = {name for name, hint in hints.items() if hint.past and names.isdisjoint((name, hint.past))}
-    for index, (feed, values) in enumerate(zip(feeds, outputs, strict=False)):
+    for feed, values in zip(feeds, outputs, strict=False):
         want = original.outputs(feed) if values is None else values
         want = at_sizes_of(after, {name: value for name, value in want.items() if name not in absent})
         yield feed, want, run(after, feed)
-        if progress and total:
-            progress("fidelity", (index + 1) / total)
 
 
 class _Judge:
