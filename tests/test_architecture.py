@@ -184,7 +184,7 @@ def test_functions_fit_a_screen(name: str) -> None:
 MOST_PARAMETERS = 8
 PUBLIC_CALLS = {"operators.contractions.Windows.__init__", "pipeline.Pipeline.run", "search.spec.BudgetSpec.of"}
 PUBLIC_CALLS |= {"passes.regularize.Regularize.__init__"}
-"""Public calls outside of ``api``: a convolution's attributes, a run's options, the arguments of a budget and a pass."""
+"""Public calls outside of ``api``: attributes of a convolution, options of a run, arguments of a budget and a pass."""
 RECORDS_EXPECTED = {"training.loop.train"}
 """Parts of a training that its only caller and the tests bring one by one."""
 
