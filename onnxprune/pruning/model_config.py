@@ -177,10 +177,10 @@ class ModelConfig:
                 block[key] = self._changed(kind, block[key], before, after)
         for block in {id(block): block for block, _ in _entries(data)}.values():
             _state_head_size(block, after)
-        gone = [c.past for c in before.caches if c.past not in {c.past for c in after.caches}]
-        if gone:
+        absent = [c.past for c in before.caches if c.past not in {c.past for c in after.caches}]
+        if absent:
             notes.append(
-                f"caches of removed layers went with them ({', '.join(gone[:3])}): a program that counts their names "
+                f"caches of removed layers went with them ({', '.join(absent[:3])}): a program that counts their names "
                 f"from 0 needs others, or {argument('keep_cache')}"
             )
         return data, notes
@@ -248,8 +248,8 @@ def _known(sizes: Sizes, kind: str, hidden: Sequence[int]) -> set[int]:
 def _by_layer(sizes: Sizes, kind: str, hidden: Sequence[int], value: Any) -> dict[str, int]:
     """Return a size of every layer."""
     if kind in ("heads", "kv_heads", "head_size"):
-        found: dict[str, int] = getattr(sizes, kind)
-        return {name: n for name, n in found.items() if n} if kind != "kv_heads" else _of_keys(sizes, found)
+        by_layer: dict[str, int] = getattr(sizes, kind)
+        return {name: n for name, n in by_layer.items() if n} if kind != "kv_heads" else _of_keys(sizes, by_layer)
     if kind == "hidden":
         return {k: n for k, n in sizes.looked_up.items() if value is None or n == value} or {
             k: n for k, (n, _) in sizes.widths.items() if value is None or n == value
@@ -257,10 +257,10 @@ def _by_layer(sizes: Sizes, kind: str, hidden: Sequence[int], value: Any) -> dic
     return {k: n for k, (n, out) in sizes.widths.items() if not hidden or out in hidden}
 
 
-def _of_keys(sizes: Sizes, found: Mapping[str, int]) -> dict[str, int]:
+def _of_keys(sizes: Sizes, by_cache: Mapping[str, int]) -> dict[str, int]:
     """Return the sizes of every first half of a pair of caches: keys and values have the same heads."""
-    names = [cache.present for cache in sizes.caches if cache.present in found]
-    return {name: found[name] for name in names[::2]}
+    names = [cache.present for cache in sizes.caches if cache.present in by_cache]
+    return {name: by_cache[name] for name in names[::2]}
 
 
 def _state_head_size(block: dict[str, Any], after: Sizes) -> None:
