@@ -219,7 +219,14 @@ OPERANDS = ("operators", "gradients", "graph.probes", "report.page")
 REPORTED = {"done", "asked", "chosen", "found"}
 """Fields of the report, which are keys of its JSON, too."""
 
-NEW = {"channels.plan", "passes.regularize", "passes.vocabulary", "pruning.vocabulary", "training.penalties"}
+NEW = {
+    "channels.plan",
+    "passes.quantize",
+    "passes.regularize",
+    "passes.vocabulary",
+    "pruning.vocabulary",
+    "training.penalties",
+}
 """Modules whose names are still being looked for."""
 
 

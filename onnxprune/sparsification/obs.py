@@ -121,15 +121,15 @@ def round_columns(matrix: Real, factor: Real, scale: Real, top: int) -> Real:
     """
     work = np.array(matrix, np.float64, order="C")
     n = len(work)
-    whole = np.rint(work / scale)
-    fixed = (work == 0) | (np.abs(whole) >= top)
+    rounded = np.rint(work / scale)
+    fixed = (work == 0) | (np.abs(rounded) >= top)
     result = np.empty_like(work)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         errors = np.empty((stop - start, work.shape[1]))
         for j in range(start, stop):
             nearest = np.clip(np.rint(work[j] / scale), -top, top)
-            result[j] = np.where(fixed[j], np.clip(whole[j], -top, top), nearest)
+            result[j] = np.where(fixed[j], np.clip(rounded[j], -top, top), nearest)
             errors[j - start] = (work[j] - result[j] * scale) / factor[j, j]
             work[j + 1 : stop] -= factor[j, j + 1 : stop, None] * errors[j - start]
         work[stop:] -= factor[start:stop, stop:].T @ errors
