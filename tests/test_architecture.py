@@ -220,6 +220,16 @@ REPORTED = {"done", "asked", "chosen", "found"}
 """Fields of the report, which are keys of its JSON, too."""
 
 NEW = {
+    "recovery.in_floats",
+    "pruning.rotation",
+    "...",
+    "-",
+    "pipeline",
+    "passes.rotate",
+    "operators.quantization",
+    "operators.codes",
+    "labels.atoms",
+    "channels.groups",
     "channels.plan",
     "passes.quantize",
     "passes.regularize",
