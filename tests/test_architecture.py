@@ -220,6 +220,9 @@ REPORTED = {"done", "asked", "chosen", "found"}
 """Fields of the report, which are keys of its JSON, too."""
 
 NEW = {
+    "Ass...",
+    "-",
+    "olive",
     "recovery.in_floats",
     "pruning.rotation",
     "...",
