@@ -924,7 +924,7 @@ class Pipeline:
         current = Model.of(context.analysis)
         for stage in self.passes:
             _require(stage, context, current, of_context=True)
-        given = context
+        original_context = context
         for stage in self.passes:
             result = apply(stage, context, current)
             current = result.model
@@ -933,7 +933,7 @@ class Pipeline:
                 context = context.with_original(result.original, result.rotations)
         for restriction in restricting:
             current = restriction.finish(context, current)
-        return Result(replace(given, rotations=context.rotations), current, facts)
+        return Result(replace(original_context, rotations=context.rotations), current, facts)
 
 
 def apply(stage: Pass, context: Context, model: Model) -> PassResult:

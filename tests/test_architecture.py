@@ -219,27 +219,7 @@ OPERANDS = ("operators", "gradients", "graph.probes", "report.page")
 REPORTED = {"done", "asked", "chosen", "found"}
 """Fields of the report, which are keys of its JSON, too."""
 
-NEW = {
-    "Ass...",
-    "-",
-    "olive",
-    "recovery.in_floats",
-    "pruning.rotation",
-    "...",
-    "-",
-    "pipeline",
-    "passes.rotate",
-    "operators.quantization",
-    "operators.codes",
-    "labels.atoms",
-    "channels.groups",
-    "channels.plan",
-    "passes.quantize",
-    "passes.regularize",
-    "passes.vocabulary",
-    "pruning.vocabulary",
-    "training.penalties",
-}
+NEW = {"passes.quantize", "passes.regularize", "passes.vocabulary", "pruning.vocabulary", "training.penalties"}
 """Modules whose names are still being looked for."""
 
 

@@ -239,13 +239,13 @@ def resolve(atoms: Atoms, axis: str = "head_dim") -> Units:
     or where rows are asked for, and only if some can be.
     """
     units = _resolve(atoms.settled()[0], axis)
-    whole = {k for k, item in enumerate(atoms.columns) if axis == "heads" or _are_stuck(units, item.columns)}
-    if not whole:
+    joined_rows = {k for k, item in enumerate(atoms.columns) if axis == "heads" or _are_stuck(units, item.columns)}
+    if not joined_rows:
         return units
-    ledger, rows = atoms.settled(whole, _SHARED)
+    ledger, rows = atoms.settled(joined_rows, _SHARED)
     other = _resolve(ledger, axis)
     free = {k for k, ids in rows.items() if _can_differ(other, ids)}
-    if free != whole:
+    if free != joined_rows:
         other = _resolve(atoms.settled(free, _SHARED)[0], axis) if free else units
     return other if _num_removable(other, axis) > _num_removable(units, axis) else units
 

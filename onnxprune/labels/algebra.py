@@ -82,7 +82,7 @@ def merge(atoms: Atoms, labels: Labels, label: Label, reason: NewBarrier) -> Lab
         if label.axes == other.axes and label.pack != other.pack:
             atoms.couple(label)
             atoms.couple(other)
-        atoms.unite(atoms.shared(other, common_axes), atoms.shared(label, common_axes))
+        atoms.unite(atoms.on_axes(other, common_axes), atoms.on_axes(label, common_axes))
     label_axes = set(label.axes)
     if all(set(x.axes) <= label_axes for x in overlapping):
         for other in overlapping:

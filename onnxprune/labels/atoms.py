@@ -207,7 +207,7 @@ class Atoms:
             label = self.rows_of(label)
         return label.ids
 
-    def shared(self, label: Label, axes: tuple[int, ...]) -> Ids:
+    def on_axes(self, label: Label, axes: tuple[int, ...]) -> Ids:
         """Reduce a label to some of its axes where something common to all rows meets it, see :class:`Columns`."""
         first = label.ids
         for axis in label.outer():
@@ -221,11 +221,11 @@ class Atoms:
         self.columns.append(Columns(columns, label))
         return columns.reshape(first.shape)
 
-    def settled(self, whole: Collection[int] = (), why: Barrier | None = None) -> tuple[Atoms, dict[int, Ids]]:
+    def settled(self, joined_rows: Collection[int] = (), why: Barrier | None = None) -> tuple[Atoms, dict[int, Ids]]:
         """Return a ledger in which rows or columns of every grid are decided on; this one is not changed.
 
         Args:
-            whole: indices of ``columns`` whose grids lose whole rows; those of others lose whole columns.
+            joined_rows: indices of ``columns`` whose grids lose whole rows; those of others lose whole columns.
             why: barrier of columns that stay.
 
         Returns:
@@ -234,13 +234,13 @@ class Atoms:
         if not self.columns:
             return self, {}
         other = replace(self, edges=list(self.edges))
-        if whole:
+        if joined_rows:
             other.births, other.frozen, other.rows = list(self.births), list(self.frozen), list(self.rows)
             other.views, other._row_of = dict(self.views), dict(self._row_of)
             other.barriers, other._barrier_index = list(self.barriers), dict(self._barrier_index)
         rows: dict[int, Ids] = {}
         for k, item in enumerate(self.columns):
-            if k not in whole or why is None:
+            if k not in joined_rows or why is None:
                 shape = [1] * item.label.ids.ndim
                 shape[item.label.pack] = item.columns.size
                 other.unite(item.label.ids, item.columns.reshape(shape))

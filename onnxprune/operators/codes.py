@@ -76,7 +76,14 @@ def pack(codes: Array, bits: int) -> NDArray[np.uint8]:
 
 
 def requantise(
-    values: Array, bits: int, scale: Array, zero: Array, *, moves_zero: bool, kind: np.dtype[Any], whole: bool = True
+    values: Array,
+    bits: int,
+    scale: Array,
+    zero: Array,
+    *,
+    moves_zero: bool,
+    kind: np.dtype[Any],
+    is_integer: bool = True,
 ) -> tuple[NDArray[np.uint8], Array, Array]:
     """Quantise blocks of numbers as unsigned codes, (code - zero) * scale, each with the setting of the least error.
 
@@ -90,25 +97,25 @@ def requantise(
         zero: present zero points [..., 1].
         moves_zero: whether zero points may change; else the scales alone.
         kind: type in which scales are stored.
-        whole: whether zero points are codes too, and not any number.
+        is_integer: whether zero points are codes too, and not any number.
 
     Returns:
         codes [..., block], scales and zero points [..., 1].
     """
-    most = (1 << bits) - 1
+    max_code = (1 << bits) - 1
     low, high = (np.minimum(values.min(-1, keepdims=True), 0.0), np.maximum(values.max(-1, keepdims=True), 0.0))
     settings = [(scale, zero)]
     for share in (1.0, 0.9, 0.8, 0.7):
         if moves_zero:
-            step = _stored(share * (high - low) / most, scale, kind)
+            step = _stored(share * (high - low) / max_code, scale, kind)
             middle = -share * low / step
-            settings.append((step, np.clip(np.rint(middle), 0, most) if whole else middle))
+            settings.append((step, np.clip(np.rint(middle), 0, max_code) if is_integer else middle))
             continue
         # The codes below the middle are one more than those above it: either sign of the scale makes use of that.
-        below, above = np.maximum(zero, 1.0), np.maximum(most - zero, 1.0)
+        below, above = np.maximum(zero, 1.0), np.maximum(max_code - zero, 1.0)
         settings.append((_stored(share * np.maximum(-low / below, high / above), scale, kind), zero))
         settings.append((_stored(-share * np.maximum(high / below, -low / above), scale, kind), zero))
-    return _closest(values, most, settings)
+    return _closest(values, max_code, settings)
 
 
 def _stored(scale: Array, old: Array, kind: np.dtype[Any]) -> Array:
@@ -118,13 +125,13 @@ def _stored(scale: Array, old: Array, kind: np.dtype[Any]) -> Array:
 
 
 def _closest(
-    values: Array, most: int, settings: Sequence[tuple[Array, Array]]
+    values: Array, max_code: int, settings: Sequence[tuple[Array, Array]]
 ) -> tuple[NDArray[np.uint8], Array, Array]:
     """Return the codes, scale and zero point, block by block of those settings, with the least squared error."""
     best: tuple[Array, Array, Array] | None = None
     least = np.asarray(np.inf)
     for scale, zero in settings:
-        codes = np.clip(np.rint(values / np.where(scale == 0, 1.0, scale) + zero), 0, most)
+        codes = np.clip(np.rint(values / np.where(scale == 0, 1.0, scale) + zero), 0, max_code)
         error = np.square((codes - zero) * scale - values).sum(axis=-1, keepdims=True)
         new = (codes, *np.broadcast_arrays(scale, zero))
         closer = error < least

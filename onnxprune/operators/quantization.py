@@ -180,7 +180,7 @@ class _Floats:
         self.nodes.append(NewNode(op, inputs, [name], title, "", attributes))
         return name
 
-    def done(self) -> InFloats:
+    def replacement(self) -> InFloats:
         """Return all of it."""
         return InFloats(self.nodes, self.replaced, self.constants, self.same, self.operands)
 
@@ -188,7 +188,7 @@ class _Floats:
         """Return all of it, with an encoder of the result at the end."""
         output = self.replaced[-1].outputs[0]
         self.nodes.append(NewNode("QuantizeLinear", [value, scale, zero], [output], output, MS))
-        return self.done()
+        return self.replacement()
 
 
 def _names(node: Node, *positions: int) -> list[str]:
@@ -436,7 +436,7 @@ class IntegerMatMul(Rule):
             new.add("Add", [new.add("MatMul", [data, matrix]), bias], node.outputs[0])
         else:
             new.add("MatMul", [data, matrix], node.outputs[0])
-        return new.done()
+        return new.replacement()
 
     @staticmethod
     def _gemm(node: Node, around: Surroundings, new: _Floats, data: str, matrix: str) -> InFloats | None:
@@ -453,7 +453,7 @@ class IntegerMatMul(Rule):
             operands.append(new.decode("bias", [bias, new.constant("bias_scale", value)], 0, (6,)))
         to_codes = len(node.inputs) > 7 and bool(node.inputs[7])
         result = new.add("Gemm", operands, "" if to_codes else node.outputs[0], alpha=alpha, **attributes)
-        return new.encoded(result, node.inputs[7], node.inputs[8]) if to_codes else new.done()
+        return new.encoded(result, node.inputs[7], node.inputs[8]) if to_codes else new.replacement()
 
     def neutral(self, step: Step, i: int) -> str | None:
         """Return the zero point of ``a``."""
@@ -484,7 +484,7 @@ def _in_floats_scaled(
     weight = new.decode("weight", [node.inputs[1], weight_scale, *zero], axis % rank, (1, None, rule.codes[1].zero))
     new.operands.append((factor.outputs[0], at, weight, 1))
     new.add(op, [data, weight], scaled.outputs[0], **attributes)
-    return new.done()
+    return new.replacement()
 
 
 class QuantizedElementwise(Elementwise):
@@ -747,7 +747,13 @@ class PackedMatMul(Rule):
             values = np.clip(np.rint(numbers / np.where(scale == 0, 1.0, scale) + zero), 0, (1 << bits) - 1)
             return {B: pack(values.astype(np.uint8), bits).reshape(codes.shape)}
         values, scale, zero = requantise(
-            numbers, bits, scale[:, :, None], zero[:, :, None], moves_zero=has_zeros, kind=scales.dtype, whole=packed
+            numbers,
+            bits,
+            scale[:, :, None],
+            zero[:, :, None],
+            moves_zero=has_zeros,
+            kind=scales.dtype,
+            is_integer=packed,
         )
         result: dict[int, Array] = {B: pack(values, bits).reshape(codes.shape), SCALES: scale.reshape(scales.shape)}
         if zeros is not None:

@@ -181,14 +181,14 @@ def _points(facts: Fidelity) -> float:
 
 
 def _no_stream(reasons: Mapping[str, str]) -> ModelError:
-    some = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3])
+    listed = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3])
     general = (
         "A stream is a group of channels that linear layers write and that normalisations with linear layers behind "
         "them read, all of them with float weights."
     )
     return ModelError(
         f"{argument('rotate', 'yes')}: the model has no stream that can be rotated.",
-        hint=f"Reasons: {some}." if some else general,
+        hint=f"Reasons: {listed}." if listed else general,
     )
 
 

@@ -120,14 +120,14 @@ def find_streams(analysis: Analysis) -> tuple[list[Stream], dict[str, str]]:
     streams, reasons = [], {}
     normalised = _normalised(analysis)
     for group in analysis.units.groups:
-        own = places.get(group.id, {})
-        first = next((o for n in analysis.graph.steps for o in n.outputs if o in own), "")
-        if not group.prunable or group.size < 2 or not first or normalised.isdisjoint(own):
+        axes_by_tensor = places.get(group.id, {})
+        first = next((o for n in analysis.graph.steps for o in n.outputs if o in axes_by_tensor), "")
+        if not group.prunable or group.size < 2 or not first or normalised.isdisjoint(axes_by_tensor):
             continue
         try:
             if group.id in mixed:
                 raise CannotTurn(mixed[group.id])
-            streams.append(_Walk(analysis, group, first, own).stream())
+            streams.append(_Walk(analysis, group, first, axes_by_tensor).stream())
         except CannotTurn as why:
             reasons[first] = str(why)
     return streams, reasons
@@ -135,7 +135,7 @@ def find_streams(analysis: Analysis) -> tuple[list[Stream], dict[str, str]]:
 
 def _places(analysis: Analysis) -> tuple[dict[int, dict[str, tuple[int, ...]]], dict[int, str]]:
     """Return {group: {tensor: axes that hold all of its channels in order}}, and why other groups lie otherwise."""
-    units, found, mixed = analysis.units, dict[int, dict[str, tuple[int, ...]]](), dict[int, str]()
+    units, axes_by_stream, mixed = analysis.units, dict[int, dict[str, tuple[int, ...]]](), dict[int, str]()
     order = {group.id: group.units for group in units.groups}
     for name, labels in analysis.table.items().items():
         for label in labels:
@@ -146,12 +146,12 @@ def _places(analysis: Analysis) -> tuple[dict[int, dict[str, tuple[int, ...]]], 
                 continue
             plain = low == high and not label.is_grid and np.array_equal(components.ravel(), order[high])
             if plain:
-                own = found.setdefault(high, {})
-                own[name] = (*own.get(name, ()), label.pack)
+                axes_by_tensor = axes_by_stream.setdefault(high, {})
+                axes_by_tensor[name] = (*axes_by_tensor.get(name, ()), label.pack)
                 continue
             for number in np.unique(numbers[numbers >= 0]).tolist():
                 mixed.setdefault(number, f"{name!r} holds its channels in another order, or beside others")
-    return found, mixed
+    return axes_by_stream, mixed
 
 
 def _normalised(analysis: Analysis) -> set[str]:
@@ -192,7 +192,7 @@ class _Walk:
         self._squares: set[str] = set()
         self._means: dict[str, str] = {}
         self._constant = set(self._graph.weights)
-        self._kept: set[str] = set()
+        self._fixed: set[str] = set()
         self._requests: dict[str, list[tuple[int, Vector | None]]] = {}
         self._uncentred: list[str] = []
         self._root_mean_squares: list[str] = []
@@ -223,7 +223,7 @@ class _Walk:
             reader = [*self._root_mean_squares, *self._uncentred][0]
             raise CannotTurn(f"{reader!r} reads it without its mean over channels being subtracted")
         for name in stream.places:
-            if name not in self._graph.weights or name in self._kept:
+            if name not in self._graph.weights or name in self._fixed:
                 continue
             if self._graph.weights[name].dtype.kind not in "fV":
                 raise CannotTurn(f"the weight {name!r} is stored as codes")
@@ -345,7 +345,7 @@ class _Walk:
     def _keep(self, name: str) -> None:
         """Leave the constants that a vector is computed from as they are."""
         if name in self._graph.weights:
-            self._kept.add(name)
+            self._fixed.add(name)
         elif name in self._graph.producer:
             for source in self._graph.producer[name].inputs:
                 self._keep(source)
@@ -472,16 +472,16 @@ class _Walk:
         return reduced_axes(node, self._rank(node.inputs[0]), lambda i: _read(weights.get(node.inputs[i])))
 
     def _reduce(self, node: Node) -> None:
-        axes, own = self._axes(node), self._stream.places.get(node.inputs[0], ())
-        if axes is None or len(own) != 1:
+        axes, stream_axes = self._axes(node), self._stream.places.get(node.inputs[0], ())
+        if axes is None or len(stream_axes) != 1:
             raise CannotTurn(f"the axes of {node.label!r} are not known")
         frame, treatment = self._frame(node.inputs[0]), _turning(node).treatment
-        if own[0] in axes:
+        if stream_axes[0] in axes:
             self._plain(node, 0)
             if treatment is Treatment.NORM:
                 self._root_mean_squares += [] if frame.is_centred else [node.label]
-                self._take(node, (node.inputs[0],), "", own[0])
-            elif treatment is Treatment.MEAN and axes == [own[0]]:
+                self._take(node, (node.inputs[0],), "", stream_axes[0])
+            elif treatment is Treatment.MEAN and axes == [stream_axes[0]]:
                 self._means[node.outputs[0]] = node.inputs[0]
             else:
                 raise CannotTurn(f"{node.op} {node.label!r} sums its channels")
@@ -742,12 +742,14 @@ class _Turning:
         if _turning(node).addends > 1:
             inputs = [*node.inputs[:2], ones, *[n for n in node.inputs[4:5] if n]]
             kind_of = "SkipSimplifiedLayerNormalization"
-            made = helper.make_node(kind_of, inputs, list(node.outputs), node.name, domain=MICROSOFT, epsilon=epsilon)
-            return [made]
+            replacement = helper.make_node(
+                kind_of, inputs, list(node.outputs), node.name, domain=MICROSOFT, epsilon=epsilon
+            )
+            return [replacement]
         x, y = node.inputs[0], node.outputs[0]
         if self._graph.opsets.get("", 1) >= _RMS_SINCE:
-            made = helper.make_node("RMSNormalization", [x, ones], [y], node.name, axis=-1, epsilon=epsilon)
-            return [made]
+            replacement = helper.make_node("RMSNormalization", [x, ones], [y], node.name, axis=-1, epsilon=epsilon)
+            return [replacement]
         square, mean, total, root, quotient = (self._name(f"{y}_{k}") for k in ("square", "mean", "sum", "root", "rms"))
         two, small = (
             self._constant(f"{y}_two", np.asarray(2, kind)),
@@ -788,12 +790,12 @@ class _Turning:
         for index, node in enumerate(nodes):
             if node.output and node.output[0] in self._sources:
                 continue
-            for made in self._replaced.get(index, [node]):
-                for i, name in enumerate(made.input):
+            for proto in self._replaced.get(index, [node]):
+                for i, name in enumerate(proto.input):
                     while name in self._sources:
                         name = self._sources[name]
-                    made.input[i] = name
-                written.node.append(made)
+                    proto.input[i] = name
+                written.node.append(proto)
         del nodes[:]
         nodes.extend(written.node)
         for node in nodes:
@@ -834,7 +836,7 @@ class _Turning:
 
 
 def _remove(items: Any, names: Iterable[str]) -> None:
-    gone = set(names)
+    removed = set(names)
     for i in reversed(range(len(items))):
-        if items[i].name in gone:
+        if items[i].name in removed:
             del items[i]

@@ -49,7 +49,7 @@ class IntegerLayers:
         nodes: list[onnx.NodeProto] = []
         for index, node in enumerate(proto.graph.node):
             if index in last:
-                nodes.extend(map(_made, last[index].nodes))
+                nodes.extend(map(_node_proto, last[index].nodes))
             elif index not in dropped:
                 nodes.append(node)
         del copy.graph.node[:]
@@ -65,11 +65,11 @@ class IntegerLayers:
 
     def restored(self, proto: onnx.ModelProto) -> onnx.ModelProto:
         """Return a later state of the model with its layers in integers again; they may read other constants."""
-        made = {node.outputs[0]: layer for layer in self._layers for node in layer.nodes}
+        layer_by_output = {node.outputs[0]: layer for layer in self._layers for node in layer.nodes}
         present = {node.output[0]: node for node in proto.graph.node if node.output}
         nodes: list[onnx.NodeProto] = []
         for node in proto.graph.node:
-            layer = made.get(node.output[0]) if node.output else None
+            layer = layer_by_output.get(node.output[0]) if node.output else None
             if layer is None:
                 nodes.append(node)
             elif node.output[0] == layer.nodes[-1].outputs[0]:
@@ -112,7 +112,7 @@ def _layers(graph: Graph) -> Iterator[InFloats]:
             yield layer
 
 
-def _made(new: NewNode) -> onnx.NodeProto:
+def _node_proto(new: NewNode) -> onnx.NodeProto:
     return onnx.helper.make_node(
         new.op, list(new.inputs), list(new.outputs), new.name, domain=new.domain, **new.attributes
     )
