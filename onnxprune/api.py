@@ -283,10 +283,10 @@ def prune(
         tuned, between = _split(tuned, steps)
         first = replace(first, between=between)
     shorter = _shortening(depth, first, validate, which)
-    chosen = _experts(experts, first, validate, {"include": include, "exclude": exclude})
+    expert_pass = _experts(experts, first, validate, {"include": include, "exclude": exclude})
     words = _vocabulary(vocabulary, keep_ids, tokenizer, first, validate)
     is_request = ratio is not None or layers or spec.any or remove_dead
-    if (shorter or words or chosen) and not (is_request or _lists_more(first.replayed)):
+    if (shorter or words or expert_pass) and not (is_request or _lists_more(first.replayed)):
         first = None
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
@@ -298,10 +298,10 @@ def prune(
         *turned,
         *locks,
         *shorter,
-        *chosen,
+        *expert_pass,
         *_stages(first, mode_and_reason, validate, validate and latency, later),
     ]
-    if words and first is None and not (shorter or chosen):
+    if words and first is None and not (shorter or expert_pass):
         stages = [*_quantizing(quantize), Validate(exact=False, faithful=False, timed=False)]  # nothing is lost
     stages = [*words, *stages]
     stages = [Flush(), *stages] if remove_dead else stages  # what is next to 0 may be all that a unit has
