@@ -220,7 +220,8 @@ REPORTED = {"done", "asked", "chosen", "found"}
 """Fields of the report, which are keys of its JSON, too."""
 
 NEW = set(
-    "channels.plan olive training.codes passes.experts passes.quantize passes.regularize passes.rotate passes.vocabulary "
+    "channels.plan olive training.codes passes.experts "
+    "passes.quantize passes.regularize passes.rotate passes.vocabulary "
     "pruning.experts pruning.vocabulary recovery.layer report.tables training.penalties".split()
 )
 """Modules whose names are still being looked for."""
