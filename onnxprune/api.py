@@ -122,6 +122,7 @@ def prune(
     recover: str | None = None,
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    augment: str = "auto",
     pattern_lock: bool | None = None,
     quantize: str | None = None,
     memory_limit: int | None = None,
@@ -230,6 +231,8 @@ def prune(
             training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
+        augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
+            ``shift``, ``flip`` or ``none``.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
@@ -278,7 +281,7 @@ def prune(
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
     which = {"include": include, "exclude": exclude, "keep_cache": keep_cache}
-    tuned = _finetuning(finetune, labels)
+    tuned = _finetuning(finetune, labels, augment)
     if isinstance(first, Prune) and plan is None:
         tuned, between = _split(tuned, steps)
         first = replace(first, between=between)
@@ -435,9 +438,9 @@ def _lists_more(plan: Plan | None) -> bool:
     return plan is not None and bool(plan.groups or plan.factorized)
 
 
-def _finetuning(effort: int | str | bool | None, labels: Any) -> list[Finetune]:
+def _finetuning(effort: int | str | bool | None, labels: Any, augment: str = "auto") -> list[Finetune]:
     """Return the training that was asked for, if any."""
-    return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels)]
+    return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels, augment=augment)]
 
 
 def _quantizing(mode: str | None) -> list[Quantize]:
@@ -510,6 +513,7 @@ def recover(
     recover: str = "full",
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    augment: str = "auto",
     pattern_lock: bool | None = None,
     quantize: str | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -541,6 +545,8 @@ def recover(
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them. None: without labels.
+        augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
+            ``shift``, ``flip`` or ``none``.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
@@ -582,7 +588,7 @@ def recover(
     if data is None and check_mode(recover) != "datafree":
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
-    tuned = _finetuning(finetune, labels)
+    tuned = _finetuning(finetune, labels, augment)
     locks = _locking(pattern_lock, recover, tuned)
     rotations = [Rotate(plan=take.plan)] if take.plan.rotations else []
     stages = [
@@ -710,6 +716,7 @@ def factorize(
     recover: str | None = None,
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    augment: str = "auto",
     pattern_lock: bool | None = None,
     quantize: str | None = None,
     memory_limit: int | None = None,
@@ -762,6 +769,8 @@ def factorize(
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them. None: without labels.
+        augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
+            ``shift``, ``flip`` or ``none``.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
@@ -796,7 +805,7 @@ def factorize(
         )
     take = Factorize(method, plan=plan, check=validate, **options.arguments)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
-    tuned = _finetuning(finetune, labels)
+    tuned = _finetuning(finetune, labels, augment)
     locks = _locking(pattern_lock, mode, tuned)
     later = [*tuned, *_quantizing(quantize)]
     stages = [Flush(), *locks, take, Recover(mode, why=reason), *later, check, *_measures(metric)]
@@ -835,6 +844,7 @@ def sparsify(
     recover: str | None = None,
     finetune: int | str | bool | None = None,
     labels: Any = None,
+    augment: str = "auto",
     pattern_lock: bool = True,
     quantize: str | None = None,
     memory_limit: int | None = None,
@@ -894,6 +904,8 @@ def sparsify(
             :class:`onnxprune.passes.Finetune`. Zeros stay 0. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
+        augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
+            ``shift``, ``flip`` or ``none``.
         pattern_lock: whether zeros stay 0 in recovery and fine-tuning, which are refused otherwise; True.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
             :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
@@ -919,7 +931,7 @@ def sparsify(
     """
     options, run = record_of(SparseOptions, locals()), record_of(RunSettings, locals())
     mode, reason = settle_mode(recover, data is not None, validate)
-    tuned = _finetuning(finetune, labels)
+    tuned = _finetuning(finetune, labels, augment)
     if not pattern_lock and (mode != "none" or tuned):
         what = argument("finetune") if tuned else argument("recover", mode)
         raise UsageError(

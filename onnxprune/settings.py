@@ -1751,6 +1751,14 @@ SETTINGS: tuple[Setting, ...] = (
         },
     ),
     Setting(
+        "augment",
+        Word("auto", "none", "shift", "flip"),
+        f"Variants of images in {argument('finetune')}: shifted and mirrored (auto), one of the two, or none; only "
+        "those that change the original's answers little.",
+        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
+        "auto",
+    ),
+    Setting(
         "pattern_lock",
         Flag(),
         "Keep zeros of weights at 0 in recovery and fine-tuning, or let them change; without either, fine-tuning "

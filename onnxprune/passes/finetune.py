@@ -32,7 +32,7 @@ from onnxprune.pipeline import EFFORTS, Context, Model, ModelParts, Pass, PassRe
 from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
 from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arrays
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.settings import effort_of, named_arguments
+from onnxprune.settings import checked, effort_of, named_arguments
 from onnxprune.training.augment import Augmentation
 from onnxprune.training.codes import CodedWeight, encoded, with_numbers
 from onnxprune.training.curvature import CALLS, Curvature
@@ -79,7 +79,8 @@ class Finetune(Pass):
         rate: largest step, in units of each weight's own size, above 0.
         batch_size: samples of a step, 1 or more.
         features: number of tensors between blocks to compare, 0 or more.
-        augment: whether to shift and mirror images where the original is indifferent to it.
+        augment: ``auto`` to shift and mirror images where the original is indifferent to it, ``shift`` or ``flip`` for
+            one of the two, ``none``; True and False for ``auto`` and ``none``.
         loss: a loss of your own in place of the labels', half of the whole: ``f(outputs, targets, labels)`` gets the
             values of the model and of its original, {output: array}, in front of a softmax at the end, and the labels
             of the samples (None without); it returns its value and the gradients, {output: array}. None: none.
@@ -99,7 +100,7 @@ class Finetune(Pass):
         rate: float = RATE,
         batch_size: int = BATCH,
         features: int = _FEATURES,
-        augment: bool = True,
+        augment: bool | str = "auto",
         loss: UserLoss | None = None,
     ) -> None:
         self.is_auto = effort is None or effort is True or effort == "auto"
@@ -107,7 +108,9 @@ class Finetune(Pass):
             effort = Effort(*effort_of(True if effort is None else effort, argument("finetune")))
         self.effort = effort
         self.labels, self.rate, self.batch_size = labels, rate, batch_size
-        self.features, self.augment, self.loss = features, augment, loss
+        self.features, self.loss = features, loss
+        augment = {True: "auto", False: "none"}[augment] if isinstance(augment, bool) else augment
+        self.augment = checked("augment", augment, "prune")
 
     def part(self, share: float) -> Finetune:
         """Return the same training with a share of its effort."""
@@ -369,10 +372,10 @@ class Training:
         graphs, labelled = (student, teacher, parameters, step), (known, hold_out)
         training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, user_loss)
         training.coded = coded
-        if settings.augment:
+        if settings.augment != "none":
             answers = [names[h.tensor] for h in fitted]
             training.augmentation = Augmentation.suited(
-                [samples.draw(0)[0]], lambda f: [teacher(f)[n] for n in answers]
+                [samples.draw(0)[0]], lambda f: [teacher(f)[n] for n in answers], settings.augment
             )
         return training
 

@@ -25,12 +25,15 @@ class Augmentation:
         self._axes, self._shift, self._mirror = axes, shift, mirror
 
     @classmethod
-    def suited(cls, feeds: Sequence[Feed], answers: Callable[[Feed], Sequence[Array]]) -> Augmentation:
+    def suited(
+        cls, feeds: Sequence[Feed], answers: Callable[[Feed], Sequence[Array]], allowed: str = "auto"
+    ) -> Augmentation:
         """Return what changes the answers of a model to its inputs little.
 
         Args:
             feeds: inputs to try it on.
             answers: the model.
+            allowed: ``shift``, ``flip``, or ``auto`` for both.
         """
         axes = {name: spatial for name, value in feeds[0].items() if (spatial := image_axes(value)) is not None}
 
@@ -40,7 +43,8 @@ class Augmentation:
                 pairs += zip(answers(feed), answers(one(feed, rng)), strict=True)
             return bool(axes) and all(_cosine(a, b) >= _INDIFFERENT for a, b in pairs)
 
-        return cls(axes, *(indifferent(cls(axes, *kind)) for kind in ((True, False), (False, True))))
+        shifts = allowed != "flip" and indifferent(cls(axes, True, False))
+        return cls(axes, shifts, allowed != "shift" and indifferent(cls(axes, False, True)))
 
     @property
     def name(self) -> str:

@@ -331,3 +331,14 @@ def test_an_automatic_training_says_that_the_data_are_others(tmp_path: Path, mon
     again = op.prune(net(), data={"x": data}, **given)
     assert again.report.finetuning is None
     assert any("interrupted on other data" in text for text in again.report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("augment", "names"), [("auto", "shifts and reflections"), ("flip", "reflections"), ("none", "")]
+)
+def test_augmentation_is_a_choice(augment: str, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxprune.training.augment._INDIFFERENT", -1.0)
+    monkeypatch.setattr("onnxprune.training.augment._LEAST", 8)
+    assert tuned(augment=augment, finetune=2).report.finetuning.augmentation == names
+    with pytest.raises(op.UsageError, match="augment: unknown value 'rotate'"):
+        tuned(augment="rotate", finetune=2)
