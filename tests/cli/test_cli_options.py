@@ -159,6 +159,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "finetune": None,
         "labels": None,
         "pattern_lock": None,
+        "augment": "auto",
         "depth": None,
         "rotate": "auto",
         "keep_cache": False,
