@@ -67,7 +67,7 @@ class Constants:
         self._known = {name: known for name, known in self._known.items() if name and known.known.any()}
 
     def get(self, name: str) -> Known | None:
-        """Return what is known of a tensor; None where nothing is."""
+        """Return the known values of a tensor; None where none is known."""
         known = self._known.get(name)
         if known is not None or not name:
             return known
@@ -135,7 +135,7 @@ class Constants:
     # -- from node to node -----------------------------------------------------------------------------------------
 
     def _through(self, node: Node) -> list[Known]:
-        """Return what is known of a node's outputs."""
+        """Return the known values of a node's outputs."""
         rule = rule_of(node)
         if rule.weights and (product := self.product(node)) is not None:
             return self._multiplied(node, product)

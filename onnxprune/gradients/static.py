@@ -203,7 +203,7 @@ def _type(kind: Kind, shape: Shape) -> onnx.TypeProto:
 
 
 def _folded(model: ModelProto, arrays: Mapping[str, Array], values: _Values, feed: Feed, resized: str) -> StaticGraph:
-    """Return the graph without what is constant."""
+    """Return the graph without nodes whose outputs are constant."""
     constant = _constants(model.graph.node, arrays)
     graph = Graph.of(model, {})
     nodes = [node for node in graph.nodes if not all(o in constant for o in node.outputs if o)]

@@ -431,7 +431,7 @@ class Training:
 
     @property
     def stage(self) -> str:
-        """The name of the stage that progress is told of."""
+        """The name of the stage of the progress bar."""
         return "finetune"
 
     @property

@@ -32,7 +32,6 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Names of each size, as families of models write them."""
 _NESTED = ("text_config", "model", "decoder", "encoder", "language_config", "thinker_config")
-_PER_LAYER = ("intermediate", "heads", "kv_heads", "head_size")
 Shape = Callable[[str], Any]
 
 

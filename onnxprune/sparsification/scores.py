@@ -1,4 +1,4 @@
-"""Scores of single weights: what is lost with each of them. Arrays only.
+"""Scores of single weights: the loss when each of them becomes 0. Arrays only.
 
 All are energies, so that sums over blocks and shares of the whole have a meaning: the squared error of a layer's output
 that a zero makes, as far as a criterion knows it.

@@ -158,7 +158,7 @@ def _add_numbers(s: Sums, a: Array, b: Array) -> None:
 
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return values with 0 in place of what is not finite."""
+    """Return values with 0 in place of NaN and infinity."""
     known = np.isfinite(values)
     return values if known.all() else np.where(known, values, 0.0)
 
