@@ -106,7 +106,7 @@ def test_small_memory_takes_several_passes_to_the_same_result(
     whole = taken(Stream(7))
     assert calls == [7]
     calls.clear()
-    monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36)
+    monkeypatch.setattr("onnxprune.passes.calibration.MEMORY", 4 * 8 * 36)
     data = Stream(7)
     parted = taken(data)
     assert calls == [1] * 14 and data.passes == 2
@@ -162,7 +162,7 @@ def test_what_is_wrong_shows_in_the_first_call(calls: list[int]) -> None:
 
 
 def test_progress_rises_to_one_over_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36)
+    monkeypatch.setattr("onnxprune.passes.calibration.MEMORY", 4 * 8 * 36)
     told: list[float] = []
     taken(
         {"x": np.zeros((5, 3, 6, 6), np.float32)},
@@ -240,7 +240,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_what_several_passes_have_is_kept_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
-    monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36)
+    monkeypatch.setattr("onnxprune.passes.calibration.MEMORY", 4 * 8 * 36)
     monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
     monkeypatch.setattr(module, "_CALLS", 1)
     whole = taken(Stream(6))
@@ -288,7 +288,7 @@ def test_a_cache_of_something_else_is_not_used(
     elif change == "way of measuring":
         monkeypatch.setattr("onnxprune.runtime.capture.FORMAT", 0)
     else:
-        monkeypatch.setattr("onnxprune.passes.calibrate.MEMORY", 4 * 8 * 36 * 4)
+        monkeypatch.setattr("onnxprune.passes.calibration.MEMORY", 4 * 8 * 36 * 4)
     found = taken(stream, model, needs, cache=tmp_path, batch_size=batch)
     assert sum(calls) == len(range(stream.total))
     assert same(found, taken(stream, model, needs, batch_size=batch))
