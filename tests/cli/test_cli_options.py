@@ -114,6 +114,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     args += ["--recover", "bn", "--memory-limit", "2GB", "--cache", model.parent / "kept"]
     args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3", "--custom-op-library", data]
     args += ["--resize-io", "past*", "--resize-io", "present*", "--cache-heads"]
+    args += ["--experts", "2", "--vocabulary", "auto", "--keep-ids", "--tokenizer", data, "--quantize", "dynamic"]
     assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
@@ -165,6 +166,11 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "keep_cache": False,
         "resize_io": ("past*", "present*"),
         "cache_heads": True,
+        "experts": 2,
+        "vocabulary": "auto",
+        "keep_ids": True,
+        "tokenizer": data,
+        "quantize": "dynamic",
         "model_config": None,
         "remove_dead": False,
         "outputs": None,
