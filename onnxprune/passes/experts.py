@@ -84,7 +84,7 @@ class Experts(Pass):
         """Choose experts, remove them, prove the removal."""
         with context.stage("experts"):
             work = _Work.of(context, model.analysis, self.include, self.exclude)
-            removed = work.of_plan(self.plan) if self.plan is not None else work.chosen(self.amount)
+            removed = work.of_plan(self.plan) if self.plan is not None else work.of_scores(self.amount)
             parts = work.cut(removed)
             small, facts = work.result(model, removed, parts)
             if self.plan is None:
@@ -126,18 +126,18 @@ class _Work:
         """Find the mixtures; raises UsageError for a pattern that matches nothing, BudgetError where there is none."""
         loaded = original.loaded
         graph = Graph.of(loaded.proto, loaded.weights)
-        found = find_mixtures(graph, original.facts)
-        work = cls(context, original, graph, _opened(context, loaded, [m.opened for m in found]))
-        for mixture in found:
+        mixtures = find_mixtures(graph, original.facts)
+        work = cls(context, original, graph, _opened(context, loaded, [m.opened for m in mixtures]))
+        for mixture in mixtures:
             work._judge(mixture)
         names = [name for m in work.mixtures for name in work.names_of(m)]
         patterns = [(argument("include"), include), (argument("exclude"), exclude)]
         check(patterns, [*loaded.weights, *original.graph.weights, *(n.label for n in original.graph.nodes), *names])
         work._filter(include, exclude)
         if not work.mixtures:
-            some = [f"{name}: {why}" for name, why in work.reasons.items()][:3]
+            reasons = [f"{name}: {why}" for name, why in work.reasons.items()][:3]
             none = "A mixture is a TopK over a router's scores and the experts that it chooses, or MoE or QMoE."
-            hint = f"Reasons: {'; '.join(some)}." if some else none
+            hint = f"Reasons: {'; '.join(reasons)}." if reasons else none
             raise BudgetError("No expert was found that can be removed.", hint=hint)
         return work
 
@@ -231,7 +231,7 @@ class _Work:
             removed.append((mixture, experts))
         return removed
 
-    def chosen(self, amount: float) -> Removed:
+    def of_scores(self, amount: float) -> Removed:
         """Return the experts of the least score.
 
         Raises:
@@ -240,15 +240,16 @@ class _Work:
         removed: Removed = []
         scores = _Scores(self)
         for number, mixture in enumerate(self.mixtures):
-            asked = amount if isinstance(amount, int) else round(amount * mixture.size)
-            most = mixture.size - mixture.top_k
-            if asked > most:
+            count = amount if isinstance(amount, int) else round(amount * mixture.size)
+            max_count = mixture.size - mixture.top_k
+            if count > max_count:
                 what = f"{mixture.top_k} of {mixture.size} are chosen for every token"
-                self.reasons[mixture.name] = f"not more than {most}: {what}"
-                self.notes.append(Note(f"{argument('experts', amount)}: {mixture.name} loses {most}, since {what}"))
+                self.reasons[mixture.name] = f"not more than {max_count}: {what}"
+                text = f"{argument('experts', amount)}: {mixture.name} loses {max_count}, since {what}"
+                self.notes.append(Note(text))
             values = scores.of(mixture)
             self.scores[mixture.name] = values
-            order = np.argsort(values, kind="stable")[: min(asked, most)]
+            order = np.argsort(values, kind="stable")[: min(count, max_count)]
             removed.append((mixture, sorted(int(e) for e in order)))
             self.context.tell("experts", (number + 1) / len(self.mixtures))
         if not any(experts for _, experts in removed):
@@ -263,13 +264,13 @@ class _Work:
         """Return the model without experts; raises BudgetError where a node has no form without them."""
         context, loaded = self.context, self.original.loaded
         parts: ModelParts = loaded.proto, loaded.weights
-        gone = [t.tensor for m, experts in removed for t in m.terms if m.are_terms and t.expert in experts]
-        for node in self.graph.steps if gone else ():  # a sum of removed experts alone is a term that goes as a whole
+        lost_terms = [t.tensor for m, experts in removed for t in m.terms if m.are_terms and t.expert in experts]
+        for node in self.graph.steps if lost_terms else ():  # a sum of removed experts alone is a removed term, too
             addends = [node.inputs[i] for i in rule_of(node).addends(node) if i < len(node.inputs)]
-            gone += [rule_of(node).total(node)] if addends and set(addends) <= set(gone) else []
-        if gone:
+            lost_terms += [rule_of(node).total(node)] if addends and set(addends) <= set(lost_terms) else []
+        if lost_terms:
             scan = Branches(self.graph, self.original.facts)
-            stubs = [Branch(name, "", "", "", frozenset(), (), (), 0, 0) for name in gone]
+            stubs = [Branch(name, "", "", "", frozenset(), (), (), 0, 0) for name in lost_terms]
             parts = without_branches(scan, loaded.weights, stubs)
         facts = self.original.facts
         masked = [(m, experts) for m, experts in removed if m.name in self.unsliced]
@@ -278,7 +279,7 @@ class _Work:
         sliced = [(m, experts) for m, experts in removed if m.name not in self.unsliced]
         if not sliced:
             return parts
-        base = with_parts(loaded, *parts) if gone or masked else loaded
+        base = with_parts(loaded, *parts) if lost_terms or masked else loaded
         opened = _opened(context, base, [m.opened for m, _ in sliced])
         units = opened.units
         lost = np.zeros(units.frozen.size, bool)
@@ -295,8 +296,10 @@ class _Work:
                 picks = [
                     Lookup(r.output, r.index, r.table, r.name, frozenset(), 0, frozenset()) for r in mixture.readers
                 ]
-                kept = kept_of(mixture, experts)
-                parts = renumbered_ids((parts[0], dict(parts[1])), picks, [mixture.ids], facts, kept, mixture.size)
+                kept_experts = kept_of(mixture, experts)
+                parts = renumbered_ids(
+                    (parts[0], dict(parts[1])), picks, [mixture.ids], facts, kept_experts, mixture.size
+                )
         return parts
 
     def result(self, model: Model, removed: Removed, parts: ModelParts) -> tuple[Model, list[Fact]]:
@@ -321,9 +324,9 @@ class _Work:
             )
             for m in self.mixtures
         ]
-        whole = sum(len(one.removed) for one in facts)
+        num_removed = sum(len(one.removed) for one in facts)
         for one in facts:
-            one.params = round(lost * len(one.removed) / max(whole, 1))
+            one.params = round(lost * len(one.removed) / max(num_removed, 1))
         facts += [ExpertFacts(name, 0, 0, reason=why) for name, why in self.reasons.items() if name not in by_name]
         listed = list({one.name: one for one in reversed(facts)}.values())[::-1]
         layers = with_layers_of_branches(original, small, short.layers)

@@ -191,9 +191,9 @@ def fold_normalisations(model: Model) -> tuple[ModelParts, int]:
     _remove_nodes(proto, folded)
     read = {name for n in proto.graph.node for name in n.input} | {o.name for o in proto.graph.output}
     names = [t.name for t in proto.graph.initializer if t.name in read or t.name not in weights]
-    kept = [t for t in proto.graph.initializer if t.name in set(names)]
+    tensors = [t for t in proto.graph.initializer if t.name in set(names)]
     del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
+    proto.graph.initializer.extend(tensors)
     return (proto, {name: weight for name, weight in weights.items() if name in set(names)}), len(folded)
 
 
@@ -216,9 +216,9 @@ def _remove_nodes(proto: onnx.ModelProto, folded: Mapping[str, str]) -> None:
         if node.output and node.output[0] in folded:
             node.output[0] = folded[node.output[0]]
         nodes.append(node)
-    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del proto.graph.node[:]
-    proto.graph.node.extend(rest)
+    proto.graph.node.extend(copies)
 
 
 def _shapes(analysis: Analysis, model: Prepared) -> Any:
@@ -374,8 +374,8 @@ def _as_before(proto: onnx.ModelProto, before: onnx.ModelProto) -> onnx.ModelPro
     del result.metadata_props[:]
     result.metadata_props.extend(before.metadata_props)
     known = {info.name for info in before.graph.value_info}
-    made = {name for node in result.graph.node for name in node.output}
-    infos = [info for info in before.graph.value_info if info.name in known & made]
+    outputs = {name for node in result.graph.node for name in node.output}
+    infos = [info for info in before.graph.value_info if info.name in known & outputs]
     del result.graph.value_info[:]
     result.graph.value_info.extend(infos)
     used = {node.domain for node in result.graph.node} | {o.domain for o in before.opset_import}
@@ -396,9 +396,9 @@ def _stored_as_codes(parts: ModelParts, analysis: Analysis, per_channel: bool) -
     graph = Graph.of(parts[0], parts[1])
     shape = probe_at(graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
     for node in graph.steps:
-        found = _table(graph, node) or _float_weight(graph, node, shape)
-        if found is not None:
-            _decode(proto, weights, found[0], found[1] if per_channel else None)
+        target = _table(graph, node) or _float_weight(graph, node, shape)
+        if target is not None:
+            _decode(proto, weights, target[0], target[1] if per_channel else None)
     return proto, weights
 
 
@@ -448,9 +448,9 @@ def _decode(proto: onnx.ModelProto, weights: MutableMapping[str, Weight], name: 
     codes = np.clip(np.rint(value / scale), -TOP, TOP).astype(np.int8)
     shape = () if axis is None else (-1,)
     arrays: dict[str, np.ndarray[Any, Any]] = {"quantized": codes, "scale": scale.reshape(shape).astype(np.float32)}
-    kept = [t for t in proto.graph.initializer if t.name != name]
+    tensors = [t for t in proto.graph.initializer if t.name != name]
     del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
+    proto.graph.initializer.extend(tensors)
     for suffix, array in arrays.items():
         weight = ArrayWeight(f"{name}_{suffix}", array)
         weights[weight.name] = weight

@@ -106,8 +106,8 @@ class Regularize(Pass):
                 f"{argument('groups', groups)} has no meaning with {argument('regularize', kind)}",
                 hint=f"Drop it, or use {argument('regularize', 'group-lasso')}.",
             )
-        given = None if threshold is None else checked("threshold", threshold, "train")
-        self.threshold = given if given is not None else _THRESHOLDS[self.kind]
+        limit = None if threshold is None else checked("threshold", threshold, "train")
+        self.threshold = limit if limit is not None else _THRESHOLDS[self.kind]
         self.training = Finetune(effort, labels=labels, rate=rate, batch_size=batch_size, features=0)
 
     def __call__(self, context: Context, model: Model) -> PassResult:
@@ -116,7 +116,7 @@ class Regularize(Pass):
         check_samples(context, split)
         with context.stage("regularize"):
             training = _Regularization.prepare(self.training, context, model, split)
-            training.asked = self
+            training.options = self
             training.set_penalty()
             course = training.run()
         facts = training.regularized(course)
@@ -156,7 +156,7 @@ def _remarks(facts: Regularized) -> list[str]:
 class _Regularization(Training):
     """A training with a penalty, which takes part in the judgement on the hold-out."""
 
-    asked: Regularize = field(default_factory=Regularize)
+    options: Regularize = field(default_factory=Regularize)
     penalty: Penalty | None = None
 
     @property
@@ -176,21 +176,21 @@ class _Regularization(Training):
             UsageError: there are none of this kind.
             ModelError: there are none of any kind.
         """
-        asked, analysis = self.asked, self.model.analysis
-        found = _positions(analysis, self) if asked.groups == "shape" else penalized_units(analysis, self)
-        is_scale = asked.kind == "slimming"
-        roles = (SCALES,) if is_scale else (*ROLES[asked.groups], SCALES)
-        chosen = [s for s in found.slices if s.role in roles]
-        if not any((s.units >= 0).any() for s in found.slices):
-            raise ModelError(f"{argument('regularize', asked.kind)} finds nothing to penalise: {_NO_UNITS}.")
-        if not chosen:
+        options, analysis = self.options, self.model.analysis
+        units = _positions(analysis, self) if options.groups == "shape" else penalized_units(analysis, self)
+        is_scale = options.kind == "slimming"
+        roles = (SCALES,) if is_scale else (*ROLES[options.groups], SCALES)
+        slices = [s for s in units.slices if s.role in roles]
+        if not any((s.units >= 0).any() for s in units.slices):
+            raise ModelError(f"{argument('regularize', options.kind)} finds nothing to penalise: {_NO_UNITS}.")
+        if not slices:
             raise UsageError(
-                f"{argument('regularize', asked.kind)} finds nothing to penalise: {_NOTHING_OF[asked.kind]}",
+                f"{argument('regularize', options.kind)} finds nothing to penalise: {_NOTHING_OF[options.kind]}",
                 hint=f"Use {argument('regularize', 'group-lasso')}, which looks at all weights of a unit.",
             )
-        masked = asked.kind == "l1-mask"
+        masked = options.kind == "l1-mask"
         self.penalty = Penalty(
-            found, chosen, self.parameters, asked.ratio, asked.strength, asked.threshold, masked=masked
+            units, slices, self.parameters, options.ratio, options.strength, options.threshold, masked=masked
         )
 
     def optimizer(self, sizes: Vector) -> Adam:
@@ -201,13 +201,13 @@ class _Regularization(Training):
     def judgement(self) -> Judgement:
         """Judge the present weights on the hold-out, with the share of the units that should be 0 and are not."""
         assert self.penalty is not None
-        own = Training.judgement(self)
-        return Judgement(own.fidelity, own.by_labels, _MISSING * self.penalty.missing)
+        judgement = Training.judgement(self)
+        return Judgement(judgement.fidelity, judgement.by_labels, _MISSING * self.penalty.missing)
 
     def key(self) -> list[Any]:
         """Return what the state of the training belongs to, beside its settings."""
-        asked = self.asked
-        settings = asked.kind, asked.ratio, asked.strength, asked.threshold, asked.groups
+        options = self.options
+        settings = options.kind, options.ratio, options.strength, options.threshold, options.groups
         return [*Training.key(self), *settings]
 
     def roots(self) -> frozenset[str]:
@@ -220,8 +220,8 @@ class _Regularization(Training):
         assert self.penalty is not None
         vector, zeros = self.parameters.vector, self.penalty.num_zeros
         return Regularized(
-            kind=self.asked.kind,
-            groups=self.asked.groups,
+            kind=self.options.kind,
+            groups=self.options.groups,
             strength=self.penalty.strength,
             steps=course.steps,
             seconds=course.seconds,
@@ -249,11 +249,11 @@ def penalized_units(analysis: Analysis, training: Training) -> Units:
     units, component = analysis.units, analysis.units.component
     groups = [g for g in units.groups if g.prunable and g.exact]
     owner = np.full(units.frozen.size, -1, np.int64)
-    numbers, most, count = [], [], 0
+    numbers, max_zeros, count = [], [], 0
     for index, group in enumerate(groups):
         owner[group.units] = np.arange(count, count + group.size)
         numbers.append(np.full(group.size, index))
-        most.append(min(group.size - 1, int(_MOST * group.size)))
+        max_zeros.append(min(group.size - 1, int(_MOST * group.size)))
         count += group.size
     for rows in units.atoms.rows:  # cells go with their rows
         above, cells = owner[component[rows.rows]], component[rows.cells]
@@ -261,7 +261,7 @@ def penalized_units(analysis: Analysis, training: Training) -> Units:
             owner[column] = np.where(owner[column] < 0, above, owner[column])
     slices = [s for name in analysis.table.items() for s in _slices(analysis, owner, name, training)]
     group_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-    return Units(slices, group_of, np.asarray(most, np.int64))
+    return Units(slices, group_of, np.asarray(max_zeros, np.int64))
 
 
 def _slices(analysis: Analysis, owner: Ids, name: str, training: Training) -> list[Slice]:
@@ -317,7 +317,7 @@ def _positions(analysis: Analysis, training: Training) -> Units:
     """Return the positions in the kernels of layers as units: one column of all outputs of a layer each."""
     slices: list[Slice] = []
     numbers: list[NDArray[np.int64]] = []
-    most: list[int] = []
+    max_zeros: list[int] = []
     count = 0
     for node in analysis.graph.steps:
         for i, name in enumerate(node.inputs):
@@ -331,8 +331,8 @@ def _positions(analysis: Analysis, training: Training) -> Units:
             sizes = [n if a in axes else 1 for a, n in enumerate(shape)]
             size = int(np.prod(sizes))
             slices.append(Slice(stored, np.arange(count, count + size).reshape(sizes), READS))
-            numbers.append(np.full(size, len(most)))
-            most.append(min(size - 1, int(_MOST * size)))
+            numbers.append(np.full(size, len(max_zeros)))
+            max_zeros.append(min(size - 1, int(_MOST * size)))
             count += size
     group_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-    return Units(slices, group_of, np.asarray(most, np.int64))
+    return Units(slices, group_of, np.asarray(max_zeros, np.int64))

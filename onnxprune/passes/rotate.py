@@ -144,10 +144,10 @@ class Rotate(Pass):
         helps = is_worse(plain[1], ours[1]) and ours[0] <= plain[0] + _CLOSE
         names = f"{len(rotations)} stream{'' if len(rotations) == 1 else 's'}"
         now, was = (f"{_points(facts):.1f}" for facts in (ours[1], plain[1]))
-        left = f"at {min(plain[0], 1.0):.2f} of the multiply-accumulates in a trial"
+        work = f"at {min(plain[0], 1.0):.2f} of the multiply-accumulates in a trial"
         if helps:
-            return True, Note(f"{names} rotated: {now} points, {was} without, {left}")
-        return False, Note(f"{names} could be rotated, but were not: {now} points, {was} without, {left}")
+            return True, Note(f"{names} rotated: {now} points, {was} without, {work}")
+        return False, Note(f"{names} could be rotated, but were not: {now} points, {was} without, {work}")
 
     def _trial(self, context: Context, ratio: float, share: float | None) -> tuple[float, Fidelity]:
         """Return the share of multiply-accumulates that a trial leaves, and its fidelity, at the ratio that fits."""
@@ -164,12 +164,12 @@ class Rotate(Pass):
                 current, facts = result.model, [*facts, *result.facts]
             after = next(f.macs_after for f in facts if isinstance(f, Sizes) and f.macs_after is not None)
             fidelity = next(f for f in reversed(facts) if isinstance(f, Fidelity))
-            left = after / max(macs, 1)
-            if best is None or share is None or abs(left - share) < abs(best[0] - share):
-                best = left, fidelity
-            if share is None or abs(left - share) <= _CLOSE or left >= 1:
+            work = after / max(macs, 1)
+            if best is None or share is None or abs(work - share) < abs(best[0] - share):
+                best = work, fidelity
+            if share is None or abs(work - share) <= _CLOSE or work >= 1:
                 break
-            ratio = min(0.95, max(0.01, ratio * (1 - share) / (1 - left)))
+            ratio = min(0.95, max(0.01, ratio * (1 - share) / (1 - work)))
         assert best is not None
         return best
 
@@ -287,8 +287,8 @@ def _rotation(stream: Stream, moments: Moments) -> PlanRotation:
 
 def _orthogonal(matrix: NDArray[Any]) -> Moments:
     """Return the orthogonal matrix next to one that was rounded."""
-    left, _, right = np.linalg.svd(np.asarray(matrix, np.float64))
-    nearest: Moments = left @ right
+    u, _, vh = np.linalg.svd(np.asarray(matrix, np.float64))
+    nearest: Moments = u @ vh
     return nearest
 
 

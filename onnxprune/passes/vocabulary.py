@@ -84,23 +84,23 @@ class Vocabulary(Pass):
         with context.stage("vocabulary"):
             work = _Work.of(context, self._input())
             special = special_tokens(self.tokenizer, work.tables.size)
-            kept = self._kept(context, work, special)
-            work.cut(kept)
+            kept_ids = self._kept_ids(context, work, special)
+            work.cut(kept_ids)
             parts = work.parts
             fronted = parts
             if self.keep_ids:
-                order = np.full(work.tables.size, _unknown(special, kept), np.int64)
-                order[kept] = np.arange(kept.size)
+                order = np.full(work.tables.size, _unknown(special, kept_ids), np.int64)
+                order[kept_ids] = np.arange(kept_ids.size)
                 fronted = with_front(parts, work.tables.inputs, context.analysis.facts, order)
-        facts = work.facts(kept, special, self.keep_ids)
-        found: list[Fact] = [facts]
+        facts = work.facts(kept_ids, special, self.keep_ids)
+        results: list[Fact] = [facts]
         if self.check:
             with context.stage("exactness"):
-                found.append(_proof(context, work, kept, fronted, self.keep_ids))
+                results.append(_proof(context, work, kept_ids, fronted, self.keep_ids))
         entry = PlanVocabulary(
-            inputs=list(work.tables.inputs), size=work.tables.size, kept=kept.tolist(), keep_ids=self.keep_ids
+            inputs=list(work.tables.inputs), size=work.tables.size, kept=kept_ids.tolist(), keep_ids=self.keep_ids
         )
-        return work.restricted(kept, entry, found)
+        return work.restricted(kept_ids, entry, results)
 
     def finish(self, context: Context, model: Model) -> Model:
         """Return the final model, which takes ids of the original where that was asked for."""
@@ -109,9 +109,9 @@ class Vocabulary(Pass):
         entry = restriction.vocabulary
         if not entry.keep_ids:
             return model
-        kept, special = np.asarray(entry.kept, np.int64), special_tokens(self.tokenizer, entry.size)
-        order = np.full(entry.size, _unknown(special, kept), np.int64)
-        order[kept] = np.arange(kept.size)
+        kept_ids, special = np.asarray(entry.kept, np.int64), special_tokens(self.tokenizer, entry.size)
+        order = np.full(entry.size, _unknown(special, kept_ids), np.int64)
+        order[kept_ids] = np.arange(kept_ids.size)
         parts = outline_bodies(*with_front(model.parts, entry.inputs, restriction.origin.facts, order))
         return replace(model, proto=parts[0], weights=parts[1])
 
@@ -120,7 +120,7 @@ class Vocabulary(Pass):
             return self.replayed.inputs[0] if self.replayed.inputs else None
         return _named(self.tokens)[0]
 
-    def _kept(self, context: Context, work: _Work, special: Mapping[str, tuple[int, ...]]) -> Kept:
+    def _kept_ids(self, context: Context, work: _Work, special: Mapping[str, tuple[int, ...]]) -> Kept:
         """Return the ids to keep, rising; raises UsageError."""
         size = work.tables.size
         if self.replayed is not None:
@@ -132,15 +132,15 @@ class Vocabulary(Pass):
             ids = _in_range(_ids_of_data(context, work.tables.inputs), size, "the data")
             return np.union1d(ids, known)
         ids, where = read_tokens(source)
-        kept = _in_range(ids, size, where)
-        lost = {name: [i for i in ids if i not in kept] for name, ids in special.items()}
+        kept_ids = _in_range(ids, size, where)
+        lost = {name: [i for i in ids if i not in kept_ids] for name, ids in special.items()}
         names = [f"{name} ({', '.join(map(str, missing))})" for name, missing in lost.items() if missing]
         if names:
             raise UsageError(
                 f"{argument('vocabulary')}: {where} drops special tokens: {', '.join(names)}",
                 hint="Add these ids: the model or its tokenizer needs them.",
             )
-        return kept
+        return kept_ids
 
     def _check_plan(self, context: Context, size: int) -> None:
         """Check that a plan's vocabulary is of this model; raises UsageError."""
@@ -219,20 +219,20 @@ def _in_range(ids: NDArray[np.int64], size: int, where: str) -> Kept:
     Raises:
         UsageError: one is out of range, or all tokens are kept, or one alone.
     """
-    kept = np.unique(ids)
-    outside = [int(i) for i in kept if not 0 <= i < size]
+    unique = np.unique(ids)
+    outside = [int(i) for i in unique if not 0 <= i < size]
     if outside:
         raise UsageError(
-            f"{argument('vocabulary')}: {where} holds ids out of range: {_some(outside)} (the model has {size:,} "
+            f"{argument('vocabulary')}: {where} holds ids out of range: {_listed(outside)} (the model has {size:,} "
             f"tokens, 0 to {size - 1})",
             hint="Give the ids of this model's own tokenizer.",
         )
-    if kept.size < 2:
+    if unique.size < 2:
         raise UsageError(f"{argument('vocabulary')}: {where} holds a single token", hint="Give two or more.")
-    return kept
+    return unique
 
 
-def _some(ids: Sequence[int]) -> str:
+def _listed(ids: Sequence[int]) -> str:
     more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
     return ", ".join(map(str, ids[:_SHOWN])) + more
 
@@ -277,12 +277,14 @@ def special_tokens(place: Path | None, size: int) -> dict[str, tuple[int, ...]]:
             f"{argument('tokenizer')}: the folder {str(place)!r} has none of {', '.join(_CONFIGS)}",
             hint="Give the folder that the model was exported from, or one of these files.",
         )
-    found: dict[str, tuple[int, ...]] = {}
+    ids_by_name: dict[str, tuple[int, ...]] = {}
     for path in paths:
         data = files.read_json(path, "the configuration", "configuration of a model")
         sizes = [n for n in _values(data, re.compile("vocab_size")) if isinstance(n, int)]
-        found.update(_added(data) if isinstance(data, Mapping) and "added_tokens" in data else dict(_special(data)))
-        highest = max((i for ids in found.values() for i in ids), default=0)
+        ids_by_name.update(
+            _added(data) if isinstance(data, Mapping) and "added_tokens" in data else dict(_special(data))
+        )
+        highest = max((i for ids in ids_by_name.values() for i in ids), default=0)
         if highest >= size or any(n > size for n in sizes):
             what = f"token {highest}" if highest >= size else f"{max(sizes):,} tokens"
             raise UsageError(
@@ -290,12 +292,12 @@ def special_tokens(place: Path | None, size: int) -> dict[str, tuple[int, ...]]:
                 "tokens",
                 hint="Give the configuration of this model.",
             )
-    if not found:
+    if not ids_by_name:
         raise UsageError(
             f"{argument('tokenizer')}: {str(place)!r} names no special tokens",
             hint="config.json has bos_token_id and others, tokenizer.json added_tokens.",
         )
-    return found
+    return ids_by_name
 
 
 def _added(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -309,9 +311,9 @@ def _special(data: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield entries of a configuration that are ids of tokens, wherever they stand."""
     for key, value in _items(data):
         ids = value if isinstance(value, list) else [value]
-        whole = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
-        if _SPECIAL.fullmatch(key) and whole:
-            yield key, whole
+        token_ids = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+        if _SPECIAL.fullmatch(key) and token_ids:
+            yield key, token_ids
 
 
 def _items(data: Any) -> Iterator[tuple[str, Any]]:
@@ -325,10 +327,10 @@ def _values(data: Any, key: re.Pattern[str]) -> list[Any]:
     return [value for name, value in _items(data) if key.fullmatch(name)]
 
 
-def _unknown(special: Mapping[str, tuple[int, ...]], kept: Kept) -> int:
+def _unknown(special: Mapping[str, tuple[int, ...]], kept_ids: Kept) -> int:
     """Return the new id of tokens that were removed: that of unknown ones, else one that no table has."""
     ids = special.get("unk_token_id", special.get("<unk>", special.get("[UNK]", ())))
-    return int(np.searchsorted(kept, ids[0])) if ids and ids[0] in kept else int(kept.size)
+    return int(np.searchsorted(kept_ids, ids[0])) if ids and ids[0] in kept_ids else int(kept_ids.size)
 
 
 # -- the cut -----------------------------------------------------------------------------------------------------------
@@ -355,17 +357,17 @@ class _Work:
     parts: ModelParts = field(init=False)
 
     @classmethod
-    def of(cls, context: Context, wanted: str | None) -> _Work:
+    def of(cls, context: Context, input_name: str | None) -> _Work:
         """Find the tables; raises UsageError or BudgetError."""
         loaded = context.analysis.loaded
-        tables = find_tables(Graph.of(loaded.proto, loaded.weights), context.analysis.facts, wanted)
+        tables = find_tables(Graph.of(loaded.proto, loaded.weights), context.analysis.facts, input_name)
         return cls(context, tables, Analysis(loaded, input_shapes=context.input_shapes, opened=tables.opened))
 
-    def cut(self, kept: Kept) -> None:
+    def cut(self, kept_ids: Kept) -> None:
         """Remove all rows but some; raises BudgetError where the tables cannot be cut."""
         units, size = self.analysis.units, self.tables.size
         lost = np.ones(size, bool)
-        lost[kept] = False
+        lost[kept_ids] = False
         removed = np.zeros(units.frozen.size, bool)
         rows: list[Ids] = []
         for name in dict.fromkeys(lookup.name for lookup in self.tables.lookups):
@@ -392,7 +394,7 @@ class _Work:
             proto, weights = cut_model(self.analysis, removed_atoms(units, removed))
         except CannotRewrite as stop:
             raise BudgetError(f"The vocabulary cannot be cut: {stop}.") from stop
-        self.parts = renumbered((proto, weights), self.tables, self.analysis.facts, kept, self.outputs)
+        self.parts = renumbered((proto, weights), self.tables, self.analysis.facts, kept_ids, self.outputs)
 
     def _components(self, name: str, axis: int) -> tuple[Ids | None, str]:
         """Return the units along an axis; None, and the reason, where they cannot go one by one."""
@@ -411,7 +413,7 @@ class _Work:
             return None, "several of them go together"
         return components, ""
 
-    def facts(self, kept: Kept, special: Mapping[str, tuple[int, ...]], keep_ids: bool) -> VocabularyFacts:
+    def facts(self, kept_ids: Kept, special: Mapping[str, tuple[int, ...]], keep_ids: bool) -> VocabularyFacts:
         """Return the facts about the cut."""
         before = self.context.analysis.loaded.weights
         after = self.parts[1]
@@ -421,20 +423,20 @@ class _Work:
             tables=sorted({root for lookup in self.tables.lookups for root in lookup.roots}),
             outputs=self.outputs,
             tokens_before=self.tables.size,
-            tokens_after=int(kept.size),
+            tokens_after=int(kept_ids.size),
             bytes_saved=saved,
             special={name: list(ids) for name, ids in special.items()},
             keep_ids=keep_ids,
             reasons=self.reasons,
         )
 
-    def restricted(self, kept: Kept, entry: PlanVocabulary, facts: list[Fact]) -> tuple[Context, Sequence[Fact]]:
+    def restricted(self, kept_ids: Kept, entry: PlanVocabulary, facts: list[Fact]) -> tuple[Context, Sequence[Fact]]:
         """Return the run on the smaller model, whose inputs are translated, and facts."""
         context, original = self.context, self.context.analysis
         loaded = with_parts(original.loaded, *self.parts)
         shapes, approximate = context.input_shapes, original.approximate
         small = Analysis(loaded, input_shapes=shapes, approximate=approximate, resizing=original.resizing)
-        translate = _Translation(self.tables.inputs, self.tables.size, kept)
+        translate = _Translation(self.tables.inputs, self.tables.size, kept_ids)
         calibration = context.calibration
         other = replace(
             context,
@@ -459,12 +461,12 @@ class _Translation:
 
     inputs: Sequence[str]
     size: int
-    kept: Kept
+    kept_ids: Kept
 
     def __call__(self, feed: Feed) -> Feed:
         """Return the call with new ids; raises UsageError where it holds a token that was removed."""
         order = np.full(self.size, -1, np.int64)
-        order[self.kept] = np.arange(self.kept.size)
+        order[self.kept_ids] = np.arange(self.kept_ids.size)
         new = dict(feed)
         for name in self.inputs:
             ids = feed[name]
@@ -473,7 +475,7 @@ class _Translation:
             if missing.size:
                 raise UsageError(
                     f"{argument('data')}: {name!r} holds {missing.size} tokens that {argument('vocabulary')} drops: "
-                    f"{_some(missing.tolist())}",
+                    f"{_listed(missing.tolist())}",
                     hint=f"Add them, or use {argument('vocabulary', AUTO)}: the ids that occur in the data.",
                 )
             new[name] = order[ids].astype(ids.dtype)
@@ -483,21 +485,21 @@ class _Translation:
 # -- the proof ---------------------------------------------------------------------------------------------------------
 
 
-def _proof(context: Context, work: _Work, kept: Kept, result: ModelParts, keep_ids: bool) -> Exactness:
+def _proof(context: Context, work: _Work, kept_ids: Kept, result: ModelParts, keep_ids: bool) -> Exactness:
     """Compare with the original on its own ids, whose logits are gathered; also at sizes that no probe has.
 
     Raises:
         ValidationError: they differ.
     """
     analysis, loaded = context.analysis, context.analysis.loaded
-    positions = dict.fromkeys(work.outputs, kept)
+    positions = dict.fromkeys(work.outputs, kept_ids)
     inputs = () if keep_ids else work.tables.inputs
-    reference = with_front((loaded.proto, loaded.weights), inputs, analysis.facts, kept, positions)
+    reference = with_front((loaded.proto, loaded.weights), inputs, analysis.facts, kept_ids, positions)
     small = Analysis(with_parts(loaded, *work.parts), input_shapes=context.input_shapes)
 
     def original(feed: Feed) -> Feed:
         ids = work.tables.inputs if keep_ids else ()
-        return {name: kept[a].astype(a.dtype) if name in ids else a for name, a in feed.items()}
+        return {name: kept_ids[a].astype(a.dtype) if name in ids else a for name, a in feed.items()}
 
     calls = ((original(feed), is_needed) for feed, is_needed in calls_of(context, small))
     with Workspace.of(analysis) as trial, trial.blaming():

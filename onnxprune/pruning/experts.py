@@ -103,13 +103,13 @@ class Mixture:
 
 def find_mixtures(graph: Graph, facts: Facts) -> list[Mixture]:
     """Return the mixtures of a graph in its order; whether their experts can go is another question."""
-    found = []
+    mixtures = []
     for node in graph.steps:
         mixture = _mixture(graph, facts, node)
         if mixture is not None:
             _find_terms(graph, facts, mixture)
-            found.append(mixture)
-    return found
+            mixtures.append(mixture)
+    return mixtures
 
 
 def _mixture(graph: Graph, facts: Facts, node: Node) -> Mixture | None:
@@ -130,9 +130,9 @@ def _mixture(graph: Graph, facts: Facts, node: Node) -> Mixture | None:
         return None
     chain = tuple(_chain(graph, facts, scores, axis, size))
     readers_of_chain = [n for t in chain for n, i in graph.consumers.get(t, ()) if i == 0]
-    taken = tuple(n.outputs[0] for n in readers_of_chain if rule_of(n).score_axis(n, len(shape)) == axis)
+    shares = tuple(n.outputs[0] for n in readers_of_chain if rule_of(n).score_axis(n, len(shape)) == axis)
     readers = tuple(_readers(graph, facts, ids, size)) if ids else ()
-    return Mixture(node.label, node.outputs[0], scores, chain, axis, size, top_k, ids, taken, readers)
+    return Mixture(node.label, node.outputs[0], scores, chain, axis, size, top_k, ids, shares, readers)
 
 
 def _chain(graph: Graph, facts: Facts, scores: str, axis: int, size: int) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _readers(graph: Graph, facts: Facts, ids: str, size: int) -> Iterator[Reader
 
 def _find_terms(graph: Graph, facts: Facts, mixture: Mixture) -> None:
     """Find the terms of single experts: follow which experts every tensor behind the choice depends on, as bits."""
-    every = (1 << mixture.size) - 1
+    all_experts = (1 << mixture.size) - 1
     holds = ids_of(graph, facts, [mixture.ids]) if mixture.ids else {}
     hot: dict[str, int] = {}
     bits: dict[str, int] = {}
@@ -177,21 +177,21 @@ def _find_terms(graph: Graph, facts: Facts, mixture: Mixture) -> None:
     for node in graph.nodes[at + 1 :]:
         if node.domain == markers.DOMAIN or not node.outputs:
             continue
-        chosen = _selected(facts, mixture, node, holds, hot)
-        mask = 0 if chosen is None else 1 << chosen
-        if chosen is None and not rule_of(node).reads_sizes:
+        selected = _selected(facts, mixture, node, holds, hot)
+        mask = 0 if selected is None else 1 << selected
+        if selected is None and not rule_of(node).reads_sizes:
             for name in node.inputs:
                 mask |= bits.get(name, 0)
             reads = any(name in holds or name in hot for name in node.inputs) and node.outputs[0] not in holds
-            mask |= every if reads and not _stays_hot(facts, node, hot, holds) else 0
+            mask |= all_experts if reads and not _stays_hot(facts, node, hot, holds) else 0
         bits.update(dict.fromkeys(filter(None, node.outputs), mask))
         terms += _terms_of(node, bits, mask)
     mixture.terms = tuple(Term(node.outputs[0], name, expert) for node, name, expert in terms)
     for node in graph.steps:
-        own = bits.get(node.outputs[0], 0) if node.outputs else 0
-        if own and own & (own - 1) == 0:
+        experts = bits.get(node.outputs[0], 0) if node.outputs else 0
+        if experts and experts & (experts - 1) == 0:
             names = [n for n in node.inputs if n in graph.weights and len(graph.weights[n].shape) > 1]
-            mixture.weights.setdefault(own.bit_length() - 1, []).extend(names)
+            mixture.weights.setdefault(experts.bit_length() - 1, []).extend(names)
             if cost.is_layer(node, graph):
                 mixture.layers.append(node.label)
 
@@ -202,10 +202,10 @@ def _terms_of(node: Node, bits: Mapping[str, int], mask: int) -> list[tuple[Node
     scatters = addends == (0, 2)  # updates are added where the index is
     for i in addends:
         name = node.inputs[i] if i < len(node.inputs) else ""
-        own = bits.get(name, 0)
-        is_single = own and own & (own - 1) == 0
-        if is_single and ((scatters and i == 2) or (not scatters and mask != own)):
-            result.append((node, name, own.bit_length() - 1))
+        experts = bits.get(name, 0)
+        is_single = experts and experts & (experts - 1) == 0
+        if is_single and ((scatters and i == 2) or (not scatters and mask != experts)):
+            result.append((node, name, experts.bit_length() - 1))
     return result
 
 
@@ -270,19 +270,19 @@ def masked_experts(
     model.CopyFrom(parts[0])
     del model.graph.node[:]
     kinds = kinds_of(parts[0], facts)
-    wanted: dict[str, tuple[Mixture, str]] = {}
+    scores_by_output: dict[str, tuple[Mixture, str]] = {}
     by_output = {o: node for node in parts[0].graph.node for o in node.output if o}
     for mixture, _ in removed:
         for output in (mixture.choice, *mixture.shares):
             node = by_output[output]
-            wanted[output] = mixture, node.input[lookup(node.domain, node.op_type).routes or 0]
+            scores_by_output[output] = mixture, node.input[lookup(node.domain, node.op_type).routes or 0]
     lost = {id(mixture): sorted(experts) for mixture, experts in removed}
     for source in parts[0].graph.node:
         node = onnx.NodeProto()
         node.CopyFrom(source)
         first = next((o for o in node.output if o), "")
-        if first in wanted:
-            mixture, name = wanted[first]
+        if first in scores_by_output:
+            mixture, name = scores_by_output[first]
             masked = f"{name}__left_{first}"
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT))
             rank = len(facts.shape(name) or ())
@@ -294,8 +294,8 @@ def masked_experts(
             add_constant(model, weights, f"{masked}_least", np.asarray(-np.inf, dtype))
             operands = [f"{masked}_mask", name, f"{masked}_least"]
             model.graph.node.append(onnx.helper.make_node("Where", operands, [masked], name=masked))
-            for k, own in enumerate(node.input):
-                if own == name:
+            for k, operand in enumerate(node.input):
+                if operand == name:
                     node.input[k] = masked
         model.graph.node.append(node)
     return model, weights

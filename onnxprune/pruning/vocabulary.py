@@ -76,13 +76,13 @@ class TokenTables:
         return Opened(frozenset((x.output, x.table) for x in self.lookups), frozenset(self.outputs))
 
 
-def find_tables(graph: Graph, facts: Facts, wanted: str | None = None) -> TokenTables:
+def find_tables(graph: Graph, facts: Facts, input_name: str | None = None) -> TokenTables:
     """Return the tables of the vocabulary: those of the logits' size, else the largest.
 
     Args:
         graph: view of the model.
         facts: shapes of its tensors.
-        wanted: input of ids; None: any.
+        input_name: input of ids; None: any.
 
     Raises:
         UsageError: there is no such input, it holds no ids, or several vocabularies are equally likely.
@@ -90,29 +90,29 @@ def find_tables(graph: Graph, facts: Facts, wanted: str | None = None) -> TokenT
     """
     kinds = kinds_of(graph.proto, facts)
     known = {name: kinds.get(name) for name in graph.inputs}
-    if wanted is not None and wanted not in known:
+    if input_name is not None and input_name not in known:
         raise UsageError(
-            f"{argument('vocabulary')}: the model has no input {wanted!r}", hint=nearest(wanted, list(known))
+            f"{argument('vocabulary')}: the model has no input {input_name!r}", hint=nearest(input_name, list(known))
         )
-    if wanted is not None and known[wanted] not in _INTEGERS:
+    if input_name is not None and known[input_name] not in _INTEGERS:
         raise UsageError(
-            f"{argument('vocabulary')}: input {wanted!r} does not hold ids, but numbers of another type",
+            f"{argument('vocabulary')}: input {input_name!r} does not hold ids, but numbers of another type",
             hint=f"Inputs of integers: {', '.join(n for n, kind in known.items() if kind in _INTEGERS) or 'none'}.",
         )
     lookups = list(_lookups(graph, facts))
-    named = [x for x in lookups if x.inputs and (wanted is None or wanted in x.inputs)]
+    named = [x for x in lookups if x.inputs and (input_name is None or input_name in x.inputs)]
     if not named:
-        raise BudgetError(f"No embedding was found: {_why_none(known, wanted)}.", hint=_HINT)
+        raise BudgetError(f"No embedding was found: {_why_none(known, input_name)}.", hint=_HINT)
     widths = {name: _width(graph, facts, name) for name in graph.outputs}
     like_logits = [x for x in named if x.size in widths.values() and x.size >= _FEW]
     size = max(x.size for x in like_logits or named)
-    chosen = [x for x in named if x.size == size]
-    joined = _joined([chosen[0]], lookups)
-    if any(x not in joined for x in chosen):
-        inputs = ", ".join(sorted({name for x in chosen for name in x.inputs}))
+    candidates = [x for x in named if x.size == size]
+    joined = _joined([candidates[0]], lookups)
+    if any(x not in joined for x in candidates):
+        inputs = ", ".join(sorted({name for x in candidates for name in x.inputs}))
         raise UsageError(
             f"{argument('vocabulary')}: several inputs look up tables of {size:,} rows each: {inputs}",
-            hint=f"Name one, in the form {sorted(chosen[0].inputs)[0]}=TOKENS.txt.",
+            hint=f"Name one, in the form {sorted(candidates[0].inputs)[0]}=TOKENS.txt.",
         )
     ids = {name for x in joined for name in x.inputs}
     outputs = tuple(name for name, width in widths.items() if width == size)
@@ -122,9 +122,9 @@ def find_tables(graph: Graph, facts: Facts, wanted: str | None = None) -> TokenT
 _HINT = "A vocabulary is a table of weights whose rows are picked by an input of the model that holds integers."
 
 
-def _why_none(kinds: Mapping[str, int | None], wanted: str | None) -> str:
-    if wanted is not None:
-        return f"input {wanted!r} holds integers, but picks no rows of a table"
+def _why_none(kinds: Mapping[str, int | None], input_name: str | None) -> str:
+    if input_name is not None:
+        return f"input {input_name!r} holds integers, but picks no rows of a table"
     integers = [name for name, kind in kinds.items() if kind in _INTEGERS]
     if integers:
         return f"{', '.join(map(repr, integers[:4]))} pick no rows of a table of weights"
@@ -136,14 +136,14 @@ def kinds_of(proto: onnx.ModelProto, facts: Facts) -> dict[str, int]:
     return {**facts.probes[0].dtypes, **{i.name: i.type.tensor_type.elem_type for i in proto.graph.input}}
 
 
-def _joined(chosen: list[Lookup], lookups: Sequence[Lookup]) -> list[Lookup]:
-    """Return the lookups that share inputs or weights with some, directly or through others, and their size."""
-    joined = list(chosen)
+def _joined(first: list[Lookup], lookups: Sequence[Lookup]) -> list[Lookup]:
+    """Return the lookups that share inputs or weights with the first, directly or through others, and their size."""
+    joined = list(first)
     while True:
         inputs = frozenset().union(*(x.inputs for x in joined))
         roots = frozenset().union(*(x.roots for x in joined))
         more = [x for x in lookups if x not in joined and (x.inputs & inputs or x.roots & roots)]
-        more = [x for x in more if x.size == chosen[0].size]
+        more = [x for x in more if x.size == first[0].size]
         if not more:
             return [x for x in lookups if x in joined]
         joined += more
@@ -253,7 +253,7 @@ def _front(proto: onnx.ModelProto, weights: Mapping[str, Weight], kinds: Mapping
     return _Front(model, dict(weights), kinds, used | weights.keys() | {i.name for i in proto.graph.input})
 
 
-def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept: Kept, cut_outputs: Sequence[str]) -> Parts:
+def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept_ids: Kept, cut_outputs: Sequence[str]) -> Parts:
     """Return a model whose tables have lost rows with inputs of new ids.
 
     Whatever reads ids beside the tables, to compare them or in a table of another size, gets those of the original.
@@ -262,22 +262,22 @@ def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept: Kept, cut_
         parts: the model without the rows.
         tables: its tables.
         facts: types of the original's tensors.
-        kept: ids that are left.
+        kept_ids: ids that are left.
         cut_outputs: outputs whose last axis has a position for each of them now.
 
     Raises:
         BudgetError: an output, or a body that cannot be seen into, reads the ids.
     """
-    model, weights = renumbered_ids(parts, tables.lookups, tables.inputs, facts, kept, tables.size)
+    model, weights = renumbered_ids(parts, tables.lookups, tables.inputs, facts, kept_ids, tables.size)
     for output in model.graph.output:
         dims = output.type.tensor_type.shape.dim
         if output.name in cut_outputs and dims and dims[-1].HasField("dim_value"):
-            dims[-1].dim_value = kept.size
+            dims[-1].dim_value = kept_ids.size
     return model, weights
 
 
 def renumbered_ids(
-    parts: Parts, lookups: Sequence[Lookup], names: Sequence[str], facts: Facts, kept: Kept, size: int
+    parts: Parts, lookups: Sequence[Lookup], names: Sequence[str], facts: Facts, kept_ids: Kept, size: int
 ) -> Parts:
     """Return a model in which some tensors hold new ids: lookups take them, other readers those of the original.
 
@@ -286,7 +286,7 @@ def renumbered_ids(
         lookups: where positions are picked by the new ids.
         names: tensors of ids.
         facts: types of the original's tensors.
-        kept: ids that are left.
+        kept_ids: ids that are left.
         size: number of ids of the original.
 
     Raises:
@@ -300,19 +300,19 @@ def renumbered_ids(
             f"{outside!r} hands on numbers of tokens or experts, which would be other ones.",
             hint="Remove that output of the model.",
         )
-    wanted = {(x.output, x.index) for x in lookups}
+    positions = {(x.output, x.index) for x in lookups}
     front = _front(*parts, kinds_of(parts[0], facts))
-    order = np.full(size, kept.size, np.int64)
-    order[kept] = np.arange(kept.size)
+    order = np.full(size, kept_ids.size, np.int64)
+    order[kept_ids] = np.arange(kept_ids.size)
     for node in graph.nodes:
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         for i, name in enumerate(node.inputs):
-            is_lookup = bool(node.outputs) and (node.outputs[0], i) in wanted
+            is_lookup = bool(node.outputs) and (node.outputs[0], i) in positions
             if is_lookup and name not in holds:
                 proto.input[i] = front.gather("new_ids", order, name)
             elif name in holds and not is_lookup and not _hands_on(node, holds):
-                proto.input[i] = front.gather("original_ids", kept, name)
+                proto.input[i] = front.gather("original_ids", kept_ids, name)
         front.nodes.append(proto)
     front.model.graph.node.extend(front.nodes)
     return front.model, front.weights

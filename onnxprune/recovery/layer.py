@@ -225,8 +225,8 @@ class Problem:
         counted = self.counted(batch, data.shape[:-1])
         if counted is None or counted.size != form.count(data.shape):
             return picked
-        left = np.flatnonzero(counted) if picked is None else picked[counted[picked]]
-        return left if left.size else picked
+        rows = np.flatnonzero(counted) if picked is None else picked[counted[picked]]
+        return rows if rows.size else picked
 
     def _read(self, batch: int, all_rows: bool = False) -> Rows:
         form, path = self.layer.form, self.layer.path

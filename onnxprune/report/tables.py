@@ -392,12 +392,12 @@ def experts_line(facts: Sequence[ExpertFacts]) -> list[Text]:
     """Return one line on removed experts: how many of how many, in how many mixtures, and what they held."""
     if not facts:
         return []
-    removed, every = sum(len(one.removed) for one in facts), sum(one.experts for one in facts)
+    removed, total = sum(len(one.removed) for one in facts), sum(one.experts for one in facts)
     params = numbers.count(sum(one.params for one in facts))
     where = "1 mixture" if len(facts) == 1 else f"{len(facts)} mixtures"
     fewer = "; ".join(dict.fromkeys(one.reason for one in facts if one.reason))
-    said = f"{removed} of {every} removed in {where}, {params} parameters{f' ({fewer})' if fewer else ''}"
-    return [Text.assemble(("experts   ", "bold"), said)]
+    text = f"{removed} of {total} removed in {where}, {params} parameters{f' ({fewer})' if fewer else ''}"
+    return [Text.assemble(("experts   ", "bold"), text)]
 
 
 def mixtures(facts: Sequence[ExpertFacts]) -> list[RenderableType]:

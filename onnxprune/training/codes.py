@@ -56,39 +56,39 @@ def with_numbers(proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> tuple
         weights: its weights by name.
     """
     graph = Graph.of(proto, weights)
-    found: list[tuple[Node, CodedWeight]] = []
+    coded_inputs: list[tuple[Node, CodedWeight]] = []
     for node in graph.nodes:
         coded = _coded(graph, node, weights) if rule_of(node).decodes else None
         if coded is not None:
-            found.append((node, coded))
-    if not found:
+            coded_inputs.append((node, coded))
+    if not coded_inputs:
         return (proto, weights), []
-    own, known = onnx.ModelProto(), dict(weights)
-    own.CopyFrom(proto)
-    replaced = {coded.codes for _, coded in found}
-    keep = [t for t in own.graph.initializer if t.name not in replaced]
-    del own.graph.initializer[:]
-    own.graph.initializer.extend(keep)
-    inputs = [i for i in own.graph.input if i.name not in replaced]
-    del own.graph.input[:]
-    own.graph.input.extend(inputs)
+    model, known = onnx.ModelProto(), dict(weights)
+    model.CopyFrom(proto)
+    replaced = {coded.codes for _, coded in coded_inputs}
+    keep = [t for t in model.graph.initializer if t.name not in replaced]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(keep)
+    inputs = [i for i in model.graph.input if i.name not in replaced]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
     new = []
-    for node, coded in found:
+    for node, coded in coded_inputs:
         codes = known.pop(coded.codes).read()
         numbers = ((codes.astype(np.float32) - coded.zero) * coded.scale).astype(np.float32)
-        add_constant(own, known, coded.numbers, numbers)
+        add_constant(model, known, coded.numbers, numbers)
         operands = [coded.numbers, *node.inputs[1:3]]
         if len(operands) < 3 or not operands[2]:
             operands = [*operands[:2], f"{coded.numbers}.zero"]
-            add_constant(own, known, operands[2], np.zeros(known[operands[1]].shape, coded.kind))
+            add_constant(model, known, operands[2], np.zeros(known[operands[1]].shape, coded.kind))
         attributes = {k: v for k, v in node.attrs.items() if k == "axis"}
         new.append(onnx.helper.make_node("QuantizeLinear", operands, [coded.codes], domain=node.domain, **attributes))
-    nodes = list(own.graph.node)
+    nodes = list(model.graph.node)
     # Constant nodes come first, whatever reads them.
     constants = [n for n in nodes if not n.input]
-    del own.graph.node[:]
-    own.graph.node.extend([*constants, *new, *(n for n in nodes if n.input)])
-    return (own, known), [coded for _, coded in found]
+    del model.graph.node[:]
+    model.graph.node.extend([*constants, *new, *(n for n in nodes if n.input)])
+    return (model, known), [coded for _, coded in coded_inputs]
 
 
 def _coded(graph: Graph, node: Node, weights: Mapping[str, Weight]) -> CodedWeight | None:

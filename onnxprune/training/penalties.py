@@ -59,12 +59,12 @@ class Units:
     Attributes:
         slices: where their weights lie.
         group: number of the group of every unit [units].
-        most: largest number of units of every group that may become 0 [groups].
+        max_zeros: largest number of units of every group that may become 0 [groups].
     """
 
     slices: Sequence[Slice]
     group: Ids
-    most: Ids
+    max_zeros: Ids
     _scales: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -224,8 +224,8 @@ class Penalty:
     def _adapted(self, zeros: Mask, sizes: Real, active: Mask, small: Mask, progress: float) -> Mask:
         """Adapt the strength; return the units to set to 0, at the end of the ramp as many as were asked for."""
         assert self.share is not None
-        done = min(progress / RAMP, 1.0)
-        goal = self._goal() * (1 - (1 - done) ** 3)
+        ramp = min(progress / RAMP, 1.0)
+        goal = self._goal() * (1 - (1 - ramp) ** 3)
         count = int(zeros.sum())
         missing = round(goal) - count - int(small.sum())
         if progress >= RAMP and missing > 0:
@@ -258,14 +258,14 @@ class Penalty:
 
     def _spared(self, sizes: Real, among: Mask, number: int, zeros: Mask) -> Mask:
         """Return the smallest units, as far as groups can spare them."""
-        chosen = np.zeros(self.units.count, bool)
-        room = self.units.most - np.bincount(self.units.group[zeros & ~among], minlength=self.units.most.size)
+        selected = np.zeros(self.units.count, bool)
+        room = self.units.max_zeros - np.bincount(self.units.group[zeros & ~among], minlength=self.units.max_zeros.size)
         for unit in np.flatnonzero(among)[np.argsort(sizes[among], kind="stable")]:
             if number > 0 and room[self.units.group[unit]] > 0:
-                chosen[unit] = True
+                selected[unit] = True
                 room[self.units.group[unit]] -= 1
                 number -= 1
-        return chosen
+        return selected
 
 
 class Proximal(Adam):
