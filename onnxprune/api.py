@@ -156,7 +156,7 @@ def prune(
         tokenizer: config.json, tokenizer.json or a folder with them: special tokens, which ``vocabulary`` must not
             drop; None: none are known.
         plan: a plan or its file, replayed instead of scoring; None: score.
-        remove_dead: remove only units that change no output, whatever the inputs are, in place of a ratio, see
+        remove_dead: remove only units that change no output for any input, in place of a ratio, see
             :class:`onnxprune.passes.RemoveDead`; False.
         layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
             everywhere.

@@ -1,4 +1,4 @@
-"""Errors a user can act on: the offending value, what was allowed, the next step; each owns its exit code.
+"""Errors a user can act on: the offending value, the allowed ones, the next step; each owns its exit code.
 
 A message names arguments through :func:`argument`: callers of Python read ``max_drop``, users of the command line
 ``--max-drop``, and programs ask ``error.argument``.

@@ -517,7 +517,7 @@ class Model:
         hold_out: inputs to compare the result on, where a recovery was fitted to the others.
         files: files from which weights are read, besides the original's.
         locked: names of weights whose zeros stay 0 where other passes change them.
-        sparsified: weights that a sparsification looked at, and what it made of them.
+        sparsified: weights that a sparsification looked at, and their zeros.
     """
 
     proto: onnx.ModelProto
@@ -621,7 +621,7 @@ class PassResult:
         changed: whether ``model`` differs from the input of the pass.
         original: analysis of a model that computes the same as the original and takes its place for later passes;
             None: the original stays.
-        rotations: what it was made by, for the plan.
+        rotations: rotations that produced it, for the plan.
     """
 
     model: Model

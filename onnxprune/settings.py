@@ -1,4 +1,4 @@
-"""Every setting, declared once: its name, what it may be, its default, its help, what it needs, and who has it.
+"""Every setting, declared once: name, allowed values, default, help, requirements, and the commands that have it.
 
 The options of the command line (:mod:`onnxprune.cli.options`), what the calls of Python accept (:func:`checked`,
 :func:`called`), the texts of errors and the page of settings (:func:`reference`) are made of these declarations. To add
@@ -106,7 +106,7 @@ class Word(Kind):
 
 
 class Integer(Kind):
-    """A whole number not below ``least``; ``meaning`` says in messages what it is."""
+    """A whole number not below ``least``; ``meaning`` names it in messages."""
 
     metavar = "N"
 
@@ -208,7 +208,7 @@ class Number(Kind):
 
 
 class Share(Kind):
-    """A share R; whoever gives percent is told what was meant.
+    """A share R; the error for percent suggests the share.
 
     Args:
         meaning: meaning of the share, for messages.
@@ -293,7 +293,7 @@ class Tokens(Kind):
     allowed = "ids, the path of a text or JSON file of ids, `auto`, or {input: one of these}"
 
     def check(self, value: Any, name: str) -> Any:
-        """Return the value; raises UsageError for what is none of these."""
+        """Return the value; raises UsageError for anything else."""
         from os import PathLike
 
         if not isinstance(value, (str, PathLike, Iterable)) or (isinstance(value, str) and not value.strip()):
@@ -1029,12 +1029,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "depth",
         BranchAmount(),
-        f"Remove residual branches (y = x + f(x)) as a whole, so many or this share of all, by what the outputs on "
-        f"{argument('data')} lose; channels stay unless {argument('ratio')} or {argument('target')} is given too; "
-        f"auto: as many as a {argument('target')} is best met with.",
+        f"Remove residual branches (y = x + f(x)) as a whole, so many or this share of all, by the loss of outputs on "
+        f"{argument('data')}; channels stay unless {argument('ratio')} or {argument('target')} is given too; "
+        f"auto: the number that meets a {argument('target')} best.",
         {"prune": AMOUNT},
         conflicts=_PLAN,
-        needs=Need("data", "chooses by what the outputs lose, and there is no data", f"Give {argument('data')}."),
+        needs=Need("data", "chooses by the loss of outputs on data, and there is no data", f"Give {argument('data')}."),
         brief="Residual branches to remove: a number or a share.",
     ),
     Setting(
@@ -1254,7 +1254,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "remove_dead",
         Flag(),
-        "Remove only units that change no output, whatever the inputs are, in place of a ratio; constants that they "
+        "Remove only units that change no output for any input, in place of a ratio; constants that they "
         "add become part of biases.",
         {"prune": WHAT, "sparsify": WHAT, "train": WHAT},
         False,
@@ -1512,7 +1512,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "round_to",
         _KEEP_MULTIPLE,
-        "Keep a multiple of N per group where it can be had; auto: per layer what the device's kernels like.",
+        "Keep a multiple of N per group where possible; auto: per layer the multiple that the device's kernels prefer.",
         {"prune": AMOUNT, "factorize": AMOUNT, "sweep": AMOUNT, "sensitivity": ""},
         "auto",
         conflicts=_PLAN,
@@ -1601,7 +1601,9 @@ SETTINGS: tuple[Setting, ...] = (
         _RUN,
         variants={
             "factorize": {"help": _inputs("measure errors at the outputs of layers, and recover afterwards.")},
-            "sparsify": {"help": _inputs("score weights by what they are multiplied with, and recover afterwards.")},
+            "sparsify": {
+                "help": _inputs("score weights by the activations that they multiply, and recover afterwards.")
+            },
             "recover": {"help": _inputs("for recovery and for measurements.")},
             "compare": {"help": _inputs("for measurements (default: seeded synthetic data).")},
             "profile": {"help": _inputs("one sample is run (default: seeded synthetic data).")},
@@ -1686,7 +1688,9 @@ SETTINGS: tuple[Setting, ...] = (
             "profile": "",
         },
         variants={
-            "train": {"help": "Keep the state of the training in this folder; one that was interrupted goes on."},
+            "train": {
+                "help": "Keep the state of the training in this folder; an interrupted training resumes from it."
+            },
             "prune": {
                 "needs": Need(
                     "data or times",
@@ -1790,7 +1794,7 @@ SETTINGS: tuple[Setting, ...] = (
         "effort",
         Word("quick", "normal", "thorough"),
         "Bounds on the work of searches and recoveries: quick for a first answer, with fewer candidates, samples and "
-        "rows; the report lists what was left out.",
+        "rows; the report lists the stages that were skipped.",
         {"prune": COST, "recover": MACHINE, "sweep": COST},
         "normal",
         brief="quick, normal or thorough.",
@@ -1846,7 +1850,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "outputs",
         OutputKinds(),
-        "What an output is, where names, values and the graph tell it wrongly, with the axis of its classes or "
+        "Meaning of an output, where names, values and the graph suggest another one, with the axis of its classes or "
         "attributes; repeatable.",
         {command: CHECKS for command in _RUN if command != "profile"},
         option="--output-kind",
@@ -1941,7 +1945,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "report",
         PathTo("FILE.html"),
-        "Write a self-contained HTML page as well: verdict, sizes, the network, every layer, what stayed and why.",
+        "Write a self-contained HTML page as well: verdict, sizes, the network, every layer, and why layers stayed.",
         {
             "prune": OUTPUT,
             "recover": OUTPUT,
@@ -2066,14 +2070,14 @@ def checked(name: str, value: Any, command: str = "prune") -> Any:
 
 
 def check_needs(command: str, values: Mapping[str, Any]) -> None:
-    """Return whether everything that was given has what gives it a meaning.
+    """Check that every argument that was given has the other arguments that it needs.
 
     Args:
         command: whose values.
-        values: by name; what is not among them, None or the default was not given.
+        values: by name; a missing one, None or the default was not given.
 
     Raises:
-        UsageError: something has not.
+        UsageError: one lacks another argument.
     """
     for name, setting in settings_of(command).items():
         value, need = values.get(name), setting.needs
@@ -2097,13 +2101,13 @@ def check_dead_alone(arguments: Mapping[str, Any]) -> None:
     name = next((n for n, value in arguments.items() if value is not None and not (n == "ratio" and value == 0)), "")
     if name:
         raise UsageError(
-            f"{argument(name)} has no meaning with {argument('remove_dead')}, which removes what changes no output",
+            f"{argument(name)} has no meaning with {argument('remove_dead')}, which only removes dead units",
             hint=f"Drop one of the two; to prune further, give the result to a second run with {argument(name)}.",
         )
 
 
 def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function check what it is given by the settings of a command, as a decorator.
+    """Make a function check its arguments by the settings of a command, as a decorator.
 
     Every argument that is a setting is checked before the function runs, a name that there is not is compared with
     all that there are, and arguments that need others are looked at together.

@@ -239,7 +239,7 @@ def handed_on() -> onnx.ModelProto:
         (scattered, {"experts": 1, "exclude": ["router"]}, "No expert was found .*excluded"),
         (scattered, {"experts": 1, "include": ["nothing"]}, "nothing"),
         (scattered, {"experts": 1, "target": "macs=0.5"}, "sets how much to remove"),
-        (handed_on, {"experts": 1}, "hands on numbers of tokens or experts"),
+        (handed_on, {"experts": 1}, "holds numbers of tokens or experts"),
     ],
 )
 def test_refused(model: Callable[[], onnx.ModelProto], settings: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ class RankedGroup:
         steps: number of equal steps in which it can be pruned.
         counts: numbers of steps that may be removed, ascending, see :func:`allowed_counts`.
         ratio: share to remove, 0 <= ratio < 1.
-        is_local: whether the ratio holds for this group by itself, whatever the scope.
+        is_local: whether the ratio holds for this group by itself, at any scope.
         ranking_scope: groups of equal ranking scope share a threshold.
         num_removed: number of steps that are removed already.
     """

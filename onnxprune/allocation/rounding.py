@@ -161,7 +161,7 @@ class Rounding:
         return multiples
 
     def balanced(self, ranked: Mapping[int, RankedGroup], counts: Sequence[int], exact: Sequence[int]) -> list[int]:
-        """Return counts of which some are the next allowed ones, so that the model costs what it would unrounded.
+        """Return counts of which some are the next allowed ones, so that the model costs as much as without rounding.
 
         Args:
             ranked: the groups, by their id.
@@ -249,7 +249,7 @@ def _other(group: RankedGroup, count: int, multiple: int, *, more: bool) -> tupl
     Args:
         group: the group.
         count: steps that it loses.
-        multiple: steps of a whole block: what is less saves hardly any time.
+        multiple: steps of a whole block: fewer save hardly any time.
         more: whether it is to lose more rather than less.
     """
     target = group.ratio * group.steps

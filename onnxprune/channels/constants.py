@@ -1,7 +1,7 @@
-"""Values that no input changes: what is known of every tensor, position by position, from the weights alone.
+"""Values that no input changes: known values of every tensor, position by position, from the weights alone.
 
 A tensor is known in a compact form, like a label: of the tensor's rank, with size 1 on axes along which its values do
-not differ. A channel whose weights are all 0 has its bias there, whatever the inputs are; the form is carried forward
+not differ. A channel whose weights are all 0 has its bias there for all inputs; the form is carried forward
 through everything that works position by position, moves values, or multiplies them with weights.
 """
 
@@ -32,7 +32,7 @@ _SAMPLED = ("nearest", "linear")
 
 
 class Known(NamedTuple):
-    """What is known of a tensor: its values, and where they are known; both of one compact shape."""
+    """Known values of a tensor, and where they are known; both of one compact shape."""
 
     value: Array
     known: Mask
@@ -112,7 +112,7 @@ class Constants:
         return Product(form, matrix.reshape(parts, columns // form.taps, form.taps, outputs))
 
     def channels(self, name: str, axes: Sequence[int]) -> Known | None:
-        """Return what is known of every channel along some axes, in their order, where it is the same everywhere else.
+        """Return the known values of channels along some axes, in their order, where all other positions agree.
 
         Args:
             name: name of the tensor.
@@ -258,7 +258,7 @@ class Constants:
         return [Known(value.astype(self._dtype(node.outputs[0])), known)]
 
     def _local(self, node: Node, data: Known | None) -> list[Known]:
-        """Return the channels of a pooling or resizing that are the same everywhere: they stay what they are."""
+        """Return the channels of a pooling or resizing that are the same everywhere: they keep their values."""
         if data is None or any(n > 1 for n in data.value.shape[2:]) or any(node.outputs[1:]):
             return []
         keeps, attrs = True, node.attrs

@@ -1,4 +1,4 @@
-"""Dead units: those whose removal changes no output, with what they add, whatever the inputs are, folded into biases.
+"""Dead units: their removal changes no output for any input; constants that they add are folded into biases.
 
 A removal equals a multiplication by 0 in front of every operator that sums over removed channels. It changes nothing
 where the channels are 0 there already, or where nobody reads them: all weights that multiply them, towards units that
@@ -208,7 +208,7 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Sum:
-    """Any other sum over channels: what is not 0 in its operands is read.
+    """Any other sum over channels: it reads the channels of its operands that are not 0.
 
     Attributes:
         node: the operator.

@@ -79,7 +79,7 @@ def _spans_of_inputs(
 ) -> _Spans:
     """Return axes and pack axis of each label that inputs are born with, by input.
 
-    An axis of a size that is known is labelled by itself. What a cache holds is labelled as what is appended to it: a
+    An axis of a size that is known is labelled by itself. A cache is labelled like the tensor that is appended to it: a
     head may lose channels of its own. The labels of a model whose inputs have none show how.
     """
     declared = {spec.name: spec.shape for spec in facts.settler.dimensions.specs}

@@ -171,7 +171,7 @@ def _show_dry_run(
     names: Mapping[str, str | None],
     plan_file: Path | None,
 ) -> None:
-    """Show the report of a run that writes nothing, and what it left out; the arguments are those of ``_finish``."""
+    """Show the report of a run that writes nothing, and its skipped stages; the arguments are those of ``_finish``."""
     skipped = ["timing"]
     if not options.has_budget:
         skipped += ["the proof of exactness"] if options.command == "prune" else []
@@ -204,7 +204,7 @@ def _check(
     Args:
         options: options of the command.
         target: the model file to write.
-        further: checks what this command alone has, before the files.
+        further: checks the settings of this command alone, before the files.
 
     Raises:
         UsageError: something is wrong.
@@ -260,7 +260,7 @@ TRIAL_SECONDS, TRIAL_SHARE = 60.0, 1.2
 def _try_smaller(options: CommandOptions, screen: Screen, report: Report, took: float) -> None:
     """Try smaller ratios where the model lost too much, as far as time allows; note the best one and what it keeps.
 
-    The trials are whole runs from the same data, so that what they keep is measured and not guessed.
+    The trials are whole runs from the same data, so that their fidelity is measured and not guessed.
 
     Args:
         options: options of the command.
@@ -518,7 +518,7 @@ def _recovery_parts(options: CommandOptions, report: Report, screen: Screen) -> 
 MOST_GROUPS = 20
 
 
-@command("inspect", "Show what can be pruned, and what cannot and why.", _EXAMPLES["inspect"], model="MODEL.onnx")
+@command("inspect", "Show layers that can be pruned, and why others cannot.", _EXAMPLES["inspect"], model="MODEL.onnx")
 def inspect(screen: Screen, options: CommandOptions) -> None:
     """List the groups that can be pruned, and the reasons for the others."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
@@ -588,7 +588,7 @@ def compare(screen: Screen, options: CommandOptions) -> None:
 
 
 def _compared(report: Report, screen: Screen) -> list[RenderableType]:
-    """Render the summary, and below it what each of several outputs lost."""
+    """Render the summary, and below it the loss of each of several outputs."""
     width, facts = screen.name_width, report.fidelity
     outputs = tables.fidelity(facts, name_width=width)[1:] if facts is not None else []
     return [*summary.summary(report, name_width=width, spelled=screen.spelled), *outputs]
@@ -615,9 +615,7 @@ def profile(screen: Screen, options: CommandOptions) -> None:
     screen.show(*tables.profile_table(times.facts, name_width=screen.name_width, show_all=screen.verbosity > 0), *wrote)
 
 
-@command(
-    "sensitivity", "Prune each group alone and measure what is lost.", _EXAMPLES["sensitivity"], model="MODEL.onnx"
-)
+@command("sensitivity", "Prune each group alone and measure the loss.", _EXAMPLES["sensitivity"], model="MODEL.onnx")
 def sensitivity(screen: Screen, options: CommandOptions) -> None:
     """Prune each group alone at several ratios, recover its readers, and measure the whole model."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
@@ -664,7 +662,7 @@ def sweep(screen: Screen, options: CommandOptions) -> None:
 
 @command("criteria", "List the criteria that channels can be scored by.", _EXAMPLES["criteria"])
 def criteria(screen: Screen, options: CommandOptions) -> None:
-    """List the criteria that channels can be scored by, what each measures, and its source."""
+    """List the criteria that channels can be scored by, their meaning, and their sources."""
     from onnxprune.importance.criteria import describe, names  # heavy: waits until it is needed
 
     described = [describe(name) for name in names()]

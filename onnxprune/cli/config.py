@@ -39,7 +39,7 @@ class Configured:
     Attributes:
         path: the file; None without one.
         values: values by name, as the command line would give them.
-        ignored: {name: reason} of settings that what was typed leaves without a meaning.
+        ignored: {name: reason} of settings that have no meaning beside the typed ones.
     """
 
     path: Path | None = None
@@ -59,7 +59,7 @@ def find(folder: Path) -> Path | None:
 
 
 def configured(command: str, path: Path | None, values: Mapping[str, Any], typed: Iterable[str]) -> Configured:
-    """Return the settings of a command that a file adds to what was typed.
+    """Return the settings of a command that a file adds to the typed ones.
 
     Args:
         command: its name.
@@ -206,7 +206,7 @@ def _listed(value: Any) -> str:
 
 
 def _outvoted(command: str, typed: set[str], values: Mapping[str, Any]) -> dict[str, str]:
-    """Return which settings of a file decide what was typed to be decided otherwise: {name: reason}."""
+    """Return the settings of a file that typed ones overrule: {name: reason}."""
     known = settings_of(command)
     budget = {"target", "max_drop"}
     typed_names = [name for name in typed if name in known]

@@ -141,7 +141,7 @@ def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") 
 
 
 def check_shown(screen: Screen) -> None:
-    """Return whether what a command gives has reached its reader: files that it wrote, else the report.
+    """Return whether the result of a command has reached its reader: files that it wrote, else the report.
 
     Raises:
         UsageError: there is only the report, and stdout did not take it. Who closes a pipe (``| head``) wants no more.

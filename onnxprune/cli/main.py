@@ -67,7 +67,7 @@ class DefaultGroup(click.Group):
             sys.exit(failure.show_unwritable(error))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default subcommand in front of a model or an option; keep what looks like a mistyped subcommand."""
+        """Put the default subcommand in front of a model or an option; keep mistyped subcommands."""
         args = _kinds_apart(args)
         ctx.obj = _screen(args)
         ctx.meta[_NOTHING] = not args

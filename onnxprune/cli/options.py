@@ -50,7 +50,7 @@ class HeadedOption(click.Option):
 
 
 class HeadedCommand(click.Command):
-    """A command with two helps: one screen of what most runs need, and everything in groups.
+    """A command with two helps: one screen of common options, and all of them in groups.
 
     Args:
         examples: calls, as a user types them.
@@ -163,7 +163,7 @@ class SettingType(_ParamType):
 
 
 def _words_of(name: str) -> Sequence[str]:
-    """Return what values of an open-ended setting may begin with."""
+    """Return the prefixes of values of an open-ended setting."""
     if name == "device":
         from onnxprune import devices  # heavy: waits until it is needed
 
@@ -311,7 +311,7 @@ _READ = {
     "latency_table": "latency table",
     "sensitivity": "file of sensitivities",
 }
-"""Settings that are files to read, and what they are called in messages."""
+"""Settings that are files to read, and their names in messages."""
 
 
 def command(
@@ -323,7 +323,7 @@ def command(
         name: of the command.
         short: its purpose in one line, for the list of commands.
         examples: calls for its help, as a user types them.
-        positional: {argument: what help calls it}.
+        positional: {argument: its name in help}.
     """
 
     def decorate(function: Callable[[Screen, CommandOptions], None]) -> HeadedCommand:
@@ -436,7 +436,7 @@ def existing(path: Path, what: str, *, folder_allowed: bool = False) -> Path:
 
 
 def check_criterion(options: CommandOptions) -> None:
-    """Check whether there is such a criterion, and what it needs; raises UsageError."""
+    """Check that there is such a criterion, with the data it needs; raises UsageError."""
     if options.criterion is None:
         return
     from onnxprune.importance import criteria

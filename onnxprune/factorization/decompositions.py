@@ -129,7 +129,7 @@ class Metric:
     """Errors D [parts, n, o] count as trace(D^T G D), n = channels x positions of the kernel, positions innermost.
 
     G is the mean of X^T X over rows of the layer's columns X, given in full; or per channel, shared by the positions of
-    the kernel; or the identity, where there are no data. A ridge is added to what is given.
+    the kernel; or the identity, where there are no data. A ridge is added to the given one.
 
     Args:
         full: [parts, n, n].

@@ -94,7 +94,7 @@ def transpose(r: Reverse) -> None:
 
 @register_gradient("", "Expand")
 def expand(r: Reverse) -> None:
-    """Sum over what was repeated."""
+    """Sum over repetitions."""
     r.send(0, r.dy)
 
 

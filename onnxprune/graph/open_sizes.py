@@ -41,7 +41,7 @@ _ROUNDS = 24  # limit on the sizes that are solved for, one after the other
 _LARGEST = 1 << 15  # largest size tried for an open dimension, unless a user gives one
 _Residual = Callable[[int], "int | None"]
 _Find = Callable[[_Residual, int, int], "int | None"]
-"""(what is between two sizes as a function of an unknown, the unknown now, what is between them now) -> its root."""
+"""(difference of two sizes as a function of an unknown, the unknown now, the difference now) -> root."""
 
 
 @dataclass(frozen=True, slots=True)

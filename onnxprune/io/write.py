@@ -266,7 +266,7 @@ def check_output(path: str | Path, input_path: str | Path | None, sources: Itera
 
     Raises:
         UsageError: a folder, or no ordinary file, bears that name; its folder is missing or not writable; or one of the
-            files to be written is one of those being read, whatever way it is spelled.
+            files to be written is one of those being read, under any spelling.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():

@@ -157,7 +157,7 @@ class Rule:
     """Whether results are drawn at random."""
 
     draws_by: int | None = None
-    """Input that holds the probabilities of what is drawn."""
+    """Input that holds the probabilities to draw by."""
 
     training: int | None = None
     """Input with a flag under which positions are dropped at random; their share is the input in front of it."""
@@ -510,7 +510,7 @@ class InFloats(NamedTuple):
 
 
 class WithoutAddends(NamedTuple):
-    """What takes the place of a node without some of its addends.
+    """The replacement of a node without some of its addends.
 
     Attributes:
         nodes: new nodes, none where a remaining input is the result.

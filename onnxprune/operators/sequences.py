@@ -18,7 +18,7 @@ from onnxprune.labels.label import Labels, covering
 from onnxprune.operators.context import Cut, Step
 from onnxprune.operators.registry import Elements, Rule, register
 
-_UNKNOWN = "what this sequence holds is not known"
+_UNKNOWN = "the elements of this sequence are not known"
 
 
 class Sequence(Rule):

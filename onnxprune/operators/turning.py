@@ -1,4 +1,4 @@
-"""What operators do with channels that an orthogonal matrix turns, for those that may stand on a turned stream."""
+"""Treatment of channels that an orthogonal matrix turns, by operators that may read a turned stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxprune.operators.operands import Array
 
 
 class Treatment(Enum):
-    """What an operator does with turned channels."""
+    """Treatment of turned channels by an operator."""
 
     CONTRACT = "sums over them, or gives them, by a product with weights"
     ADD = "adds tensors that are all turned"
@@ -35,7 +35,7 @@ class Turning(NamedTuple):
     """How an operator treats turned channels.
 
     Attributes:
-        treatment: what it does.
+        treatment: its treatment of the channels.
         addends: number of leading inputs whose sum is normalised.
         sign: sign of every addend but the first, 1 or -1.
         bias: input that is added per channel of the result; None: there is none.

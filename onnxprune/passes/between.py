@@ -1,4 +1,4 @@
-"""Trainings between the steps of a pruning or a sparsification: what was chosen so far stays at 0."""
+"""Trainings between the steps of a pruning or a sparsification: weights chosen so far stay at 0."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _OPENED, _RUN = 0.1, 0.03
 
 
 class Depth(Pass):
-    """Remove residual branches: what a sum adds to a tensor, one layer or a whole block.
+    """Remove residual branches: f(x) of sums y = x + f(x), one layer or a whole block.
 
     The branch whose removal changes the outputs on the data least goes first; the others are measured again behind it.
 
@@ -90,7 +90,7 @@ class Depth(Pass):
 
 @dataclass(slots=True)
 class Shortening:
-    """The branches of a model, what the outputs lose without them, and the model without some.
+    """The branches of a model, the loss of the outputs without each, and the model without some.
 
     Args:
         context: context of the run.
@@ -180,7 +180,7 @@ class Shortening:
         reasons = [f"{name}: {why}" for name, why in self.reasons.items()][:3]
         if reasons:
             return f"Reasons: {'; '.join(reasons)}."
-        return "A branch is what a sum adds to a tensor that it is computed from, and holds a layer: y = x + f(x)."
+        return "A branch is an addend that is computed from the other one and holds a layer: f(x) in y = x + f(x)."
 
     def select(self, amount: float) -> list[Branch]:
         """Return the branches to remove, in the order of their removal; ``errors`` has what each costs."""
@@ -402,7 +402,7 @@ def prove_branches(context: Context, removed: Sequence[Branch], short: ModelPart
 
 
 def _without_outputs(proto: onnx.ModelProto, weights: Mapping[str, Any], names: Collection[str]) -> ModelParts:
-    """Return a model without some of its outputs: what a cache holds of a removed branch is of no use."""
+    """Return a model without some of its outputs: the caches of removed branches."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     del copy.graph.output[:]

@@ -210,7 +210,7 @@ class _Check:
         return facts
 
     def elsewhere(self, calls: Sequence[tuple[Probe, Feed]], worst: Exactness) -> Exactness:
-        """Run every branch of an If and the body of every Loop, whatever the inputs select, and return the facts."""
+        """Run all branches of Ifs and bodies of Loops, also those that the inputs do not select; return the facts."""
         conditions = open_conditions(self.analysis.graph, self.analysis.facts)
         run, missed = set[tuple[str, bool]](), set[tuple[str, bool]]()
         for way in branch_assignments(conditions):

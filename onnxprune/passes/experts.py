@@ -1,4 +1,4 @@
-"""Experts: remove whole experts of mixtures, chosen by what they give, and prove the removal."""
+"""Experts: remove whole experts of mixtures, chosen by their outputs, and prove the removal."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class _Work:
         return work
 
     def _judge(self, mixture: Mixture) -> None:
-        """Sort a mixture in: whether its experts can go, and how; what chooses among other things is left out."""
+        """Record whether the experts of a mixture can be removed, and how; other choices are left out."""
         components, why = self._components(mixture)
         if mixture.are_terms:
             if components is None:

@@ -129,7 +129,7 @@ def prepare_work(
         current: the model.
         request: patterns and limits of the layers to factorize.
         methods: names of the allowed methods.
-        all_layers: whether to take every layer, whatever the patterns of the request.
+        all_layers: whether to take every layer, also those that the patterns of the request exclude.
 
     Raises:
         UsageError: a pattern matches nothing, or data that do not fit. ModelError: the model does not run.

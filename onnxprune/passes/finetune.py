@@ -141,7 +141,7 @@ class ShortFinetune(Pass):
     """Train for as many steps as the effort allows, where that can be expected to help; else change nothing.
 
     It needs 512 samples or more, an effort whose work is 50 steps or more, and a model that answers otherwise than the
-    original. What prevents a training that was asked for is no error here.
+    original. An obstacle to the training is no error here.
     """
 
     requires = (HAS_INPUTS,)
@@ -454,7 +454,7 @@ class Training:
         return Curvature.measured(self.student, self.parameters, feeds)
 
     def effort(self) -> Effort:
-        """Return how long to train: what was asked for, else as much as the effort of the run allows."""
+        """Return the length of the training: as requested, else as much as the effort of the run allows."""
         requested, usual = self.settings.effort, EFFORTS["normal"]
         if not self.settings.is_auto or self.context.effort.name == usual.name:
             return requested
@@ -542,7 +542,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the hold-out says.
+    """The judgement of the hold-out.
 
     Attributes:
         fidelity: to the original.
@@ -556,7 +556,7 @@ class Judgement:
 
     @property
     def distance(self) -> float:
-        """How far the model is from what it should answer: half by the original, half by the labels; and a penalty."""
+        """The distance from the expected answers: half by the original, half by the labels; and a penalty."""
         mine = distance(self.fidelity)
         return self.penalty + (mine if self.by_labels is None else (mine + 100 - self.by_labels) / 2)
 
@@ -706,7 +706,7 @@ def label_points(
         analysis: of the original.
         parts: the model.
         split: the samples.
-        head: what the labels belong to.
+        head: output that the labels belong to.
         labels: of the hold-out.
     """
     with Workspace.of(analysis) as trial:

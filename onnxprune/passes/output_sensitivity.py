@@ -53,7 +53,7 @@ def output_sensitivity(
     Each group is pruned alone, to a few sizes; the contractions that read it are corrected for the removed channels
     (least squares, see :func:`onnxprune.importance.criteria.corrected`), and sensitivity is
     |y' - y|^2 / |y - mean y|^2 over hold-out samples (of class probabilities the square roots), averaged over the
-    outputs. Groups then compare by their effect on the outputs, whatever their width and depth.
+    outputs. Groups then compare by their effect on the outputs, at any width and depth.
     A group of which no pruned model runs gets the mean of the others.
 
     Args:

@@ -124,7 +124,7 @@ def check_quantizable(model: Model, mode: str) -> bool:
     if node is not None:
         raise ModelError(
             f"The model is quantized already: node {node.label!r} is a {node.op}.",
-            hint=f"Drop {argument('quantize')}: what is pruned stays quantized.",
+            hint=f"Drop {argument('quantize')}: the pruned model stays quantized.",
         )
     opset, first = _opset(model.proto), _FIRST_OPSET[mode]
     if opset < first or model.proto.ir_version < 4:

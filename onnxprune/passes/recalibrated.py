@@ -38,8 +38,8 @@ def normalisations(graph: Graph) -> list[Node]:
 class Recalibrated:
     """A pair of models whose BatchNormalizations have the statistics that some inputs have in the original.
 
-    Behind such a normalisation a channel has the mean and variance that training gave it, whatever goes in: a layer is
-    fitted to data of the scale that it will meet. What was fitted stays right under the statistics that were trained,
+    Behind such a normalisation a channel has the mean and variance that training gave it, for all inputs: a layer is
+    fitted to data of the scale that it will meet. The fit stays right under the statistics that were trained,
     since a weight in front of a normalisation and the scale behind it mean the same under both.
 
     Args:

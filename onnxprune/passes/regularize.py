@@ -60,7 +60,7 @@ class Regularize(Pass):
         ratio: share of the units to bring to 0, 0 < ratio < 1; None: 0.3 without a strength.
         effort: steps (500), time (``"3m"``), or None: 1,000 steps or 3 minutes, whichever ends first.
         labels: labels of the samples, see :class:`Finetune`; None: distillation alone.
-        groups: what a norm is taken of: ``unit``, the weights that make a unit and those that read it; ``filter``,
+        groups: weights of one norm: ``unit``, the weights that make a unit and those that read it; ``filter``,
             those that make it; ``channel``, those that read it; ``shape``, one position of a kernel in all outputs of
             a layer, which becomes a pattern of zeros and shrinks the model where all positions of a unit do.
         strength: fixed strength of the penalty, above 0, in place of a ratio; None: adapted to the ratio.
@@ -96,7 +96,7 @@ class Regularize(Pass):
         self.ratio = None if ratio is None else checked("ratio", ratio, "train")
         if self.strength is not None and self.ratio is not None:
             raise UsageError(
-                f"{argument('ratio')} and {argument('strength')} were both given, but each sets what becomes 0",
+                f"{argument('ratio')} and {argument('strength')} were both given, but each determines the zeros",
                 hint="Drop one of the two.",
             )
         if self.strength is None and self.ratio is None:

@@ -1,4 +1,4 @@
-"""RemoveDead: remove units that change no output, and fold what they add into biases."""
+"""RemoveDead: remove units that change no output, and fold constants that they add into biases."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ CRITERION = "dead"
 
 
 class RemoveDead(Pass):
-    """Remove dead units: those that are 0, that nobody reads, or that are the same number whatever the inputs are.
+    """Remove dead units: those that are 0, that nothing reads, or that are the same number for all inputs.
 
-    A unit whose weights are all 0 still adds its bias, through the activation, to what reads it. That number times the
+    A unit whose weights are all 0 still adds its bias, through the activation, to its readers. That number times the
     weights becomes part of the bias behind, where it is the same at every position: not in front of a convolution that
-    pads with zeros. Units that are constant only on some data stay, and the outputs stay what they are.
+    pads with zeros. Units that are constant only on some data stay, and the outputs do not change.
 
     Args:
         check: compare the result with the model that came in, on seeded inputs of two sizes.

@@ -57,7 +57,7 @@ class Rotate(Pass):
         mode: ``yes``, or ``auto``: only where a trial at the same multiply-accumulates is more faithful with it.
         plan: a plan or its file, whose rotations are repeated instead of computing them from data.
         trial: the pruning to try in mode ``auto``.
-        share: share of multiply-accumulates that it should leave; None: what it leaves by itself.
+        share: share of multiply-accumulates that it should leave; None: any.
         recover: mode of the recovery in the trial.
 
     Raises:
@@ -118,7 +118,7 @@ class Rotate(Pass):
         return self._result(turned, plan.rotations, [Settings({"rotate": "by the plan"}), proof])
 
     def _where_it_helps(self, context: Context, model: Model, streams: Sequence[Stream]) -> PassResult:
-        """Turn the streams where a trial is more faithful with it; what fails there stops no run."""
+        """Turn the streams where a trial is more faithful with it; a failure there stops no run."""
         unchanged = PassResult(model, changed=False)
         if not streams:
             return unchanged
@@ -261,7 +261,7 @@ def second_moments(context: Context, streams: Sequence[Stream]) -> list[Moments]
 
 
 def _rows(analysis: Analysis, stream: Stream, site: Site, values: Mapping[str, Array], feed: Feed) -> Moments:
-    """Return what is read at a place as rows [rows, channels], float64."""
+    """Return the input of a reader as rows [rows, channels], float64."""
     parts = [np.moveaxis(np.asarray(values[name], np.float64), site.axis, -1) for name in site.tensors]
     data: Moments = np.sum(np.broadcast_arrays(*parts), axis=0) if len(parts) > 1 else parts[0]
     if site.addend:
@@ -354,6 +354,6 @@ def prove_rotation(context: Context, turned: Analysis) -> Exactness:
         raise ValidationError(
             f"The rotated model is not equal to the original: output {worst.worst_output!r} differs by "
             f"{worst.error:.3g} (allowed {worst.tolerance:.3g}). {worst.note}",
-            hint=f"Nothing was written. {argument('rotate', 'no')} goes without; please report the model's operators.",
+            hint=f"Nothing was written. Use {argument('rotate', 'no')}, and please report the model's operators.",
         )
     return worst

@@ -224,7 +224,7 @@ class _Work:
         return new, _error(start, new - start, None if gram is None else partial(scorer.part, layer))
 
     def records(self) -> list[SparsifiedLayer]:
-        """Return what was done to every weight, in the order of the graph."""
+        """Return the facts on every weight, in the order of the graph."""
         names = {layer.name for layer in self.layers}
         by_name = {layer.name: layer for layer in self.scan.layers}
         result = []
@@ -256,7 +256,7 @@ _MOMENTUM = 0.9
 
 @dataclass(frozen=True, slots=True)
 class _Scorer:
-    """Scores of the weights of layers from what was captured."""
+    """Scores of the weights of layers from captured statistics."""
 
     criterion: str
     grams: Mapping[str, InputGram]

@@ -31,7 +31,7 @@ def check_file(path: Path, original: Path) -> None:
 
 
 def check_sizes(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
-    """Strict shape inference on two skeletons: what fits together before must fit together after.
+    """Strict shape inference on two skeletons: shapes that agree before must agree after.
 
     Raises:
         ValidationError: sizes contradict each other in the result alone.

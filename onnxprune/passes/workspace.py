@@ -35,7 +35,7 @@ class Workspace:
     """A folder with models as files.
 
     Attributes:
-        original: the original's file: its own, or a copy of what is only in memory, as it came in.
+        original: the original's file: its own, or a copy of a model in memory, as it was given.
     """
 
     analysis: Analysis

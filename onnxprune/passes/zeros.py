@@ -106,7 +106,7 @@ def _pattern(layer: SparseLayer, zeros: Mask) -> str:
 
 
 class StoreZeros(Pass):
-    """Check that the zeros of a sparsification are still there, store them, and say what they are worth.
+    """Check that the zeros of a sparsification are still there, store them, and report their worth.
 
     Args:
         storage: ``dense``, or ``sparse``: tensors whose nonzero entries take less room become sparse initializers.

@@ -239,7 +239,7 @@ def _own_weights(graph: Graph, nodes: Collection[int]) -> Iterator[str]:
 def without_branches(
     scan: Branches, weights: Mapping[str, Weight], removed: Sequence[Branch], *, keep_cache: bool = False
 ) -> Model:
-    """Return the model without branches: each sum is what it is without them, and what nothing reads any more is gone.
+    """Return the model without branches: sums lose these addends, and nodes that nothing reads any more are removed.
 
     A sum without its branch equals the tensor beside it. Both then have the name of the sum, where that is possible, so
     that a recovery fits what is left to the sum of the original. Of two activations that follow each other then, and

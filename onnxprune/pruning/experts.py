@@ -1,6 +1,6 @@
 """Mixtures of experts: where a graph chooses among experts, and the model without some of them.
 
-A choice is a TopK over a router's scores, or a MoE operator. Experts are positions of the scores' axis: what is
+A choice is a TopK over a router's scores, or a MoE operator. Experts are positions of the scores' axis: all axes
 labelled like them (columns of the router, rows of stacked weights) is cut like channels. An expert that is a branch of
 its own is a term of a sum that depends on one number of the choice, and goes as a term.
 
@@ -45,7 +45,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """What a sum adds for one expert: the sum's first output, the addend, and the expert."""
+    """An addend of a sum that one expert computes: the sum's first output, the addend, and the expert."""
 
     sum: str
     tensor: str
@@ -66,7 +66,7 @@ class Mixture:
         ids: tensor with the numbers of the chosen ones; "" where the operator hides them.
         shares: first outputs of softmaxes over the experts.
         readers: nodes that pick by these numbers.
-        terms: what belongs to single experts.
+        terms: addends of single experts.
         weights: weights that only nodes of one expert read, by expert.
         layers: labels of layers that belong to the mixture.
     """

@@ -1,6 +1,6 @@
 """The configuration file of a language model (config.json, genai_config.json) with the sizes after a removal.
 
-Numbers of heads, layers and channels are read off the graph, not off names: what a file states has to be a number that
+Numbers of heads, layers and channels are read off the graph, not off names: a number in a file has to be one that
 the original has, or it is the configuration of another model.
 """
 

@@ -78,7 +78,7 @@ class Edits:
 
 
 def write(graph: Graph, edits: Edits) -> tuple[onnx.ModelProto, dict[str, Weight]]:
-    """Return a new skeleton and its weights. Whatever no edit names is copied unchanged."""
+    """Return a new skeleton and its weights. Everything that no edit names is copied unchanged."""
     source = graph.proto
     model = onnx.ModelProto()
     model.CopyFrom(source)

@@ -44,12 +44,12 @@ class CannotTurn(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a tensor holds besides the channels of the stream as they are: ``scale * x + shift``.
+    """A tensor as a function of the stream's channels: ``scale * x + shift``.
 
     Attributes:
         scale: one factor per channel [channels]; None: none.
         shift: one addend per channel [channels]; None: none.
-        is_centred: whether the mean over the channels of ``x`` is 0 whatever was written.
+        is_centred: whether the mean over the channels of ``x`` is 0 for all values of the stream.
         source: label of the node that scales.
     """
 
@@ -94,7 +94,7 @@ class Stream:
         is_centred: whether everything that is written is centred.
         turned: constants that are turned.
         scales: {constant of a reader: (axis, scale of its rows)}.
-        shifts: (reader, position of its weight, shift of what it reads).
+        shifts: (reader, position of its weight, shift of its data).
         ones: (node, position) of constants that become 1.
         dropped: {tensor: the tensor that its readers read in place of it}.
         norms: nodes of LayerNormalization.
@@ -237,7 +237,7 @@ class _Walk:
             alike = all(a == axis and s is not None and np.array_equal(s, scale) for a, s in requests)
             if not alike or self._num_uses(name) != len(requests):
                 raise CannotTurn(
-                    f"the weight {name!r} is shared with what no scale stands in front of, as tied tables are"
+                    f"the weight {name!r} is shared with a reader that has no scale in front of it, as in tied tables"
                 )
             stream.scales[name] = axis, scale
 

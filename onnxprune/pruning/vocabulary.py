@@ -1,8 +1,8 @@
 """Tables of tokens: where ids from the inputs of a model look up rows, and the model with fewer of them.
 
 The rows are labelled like channels: a graph in which a table may lose rows, and an output positions of its last axis,
-has them as units, tied to the logits where both read one weight. What is removed there is renumbered in front: ids go
-to the tables as they come, and whatever else reads them gets the ids of the original.
+has them as units, tied to the logits where both read one weight. New ids are looked up in front: ids go
+to the tables as they come, and all other readers get the ids of the original.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _front(proto: onnx.ModelProto, weights: Mapping[str, Weight], kinds: Mapping
 def renumbered(parts: Parts, tables: TokenTables, facts: Facts, kept_ids: Kept, cut_outputs: Sequence[str]) -> Parts:
     """Return a model whose tables have lost rows with inputs of new ids.
 
-    Whatever reads ids beside the tables, to compare them or in a table of another size, gets those of the original.
+    Other readers of ids, which compare them or look up a table of another size, get those of the original.
 
     Args:
         parts: the model without the rows.
@@ -297,7 +297,7 @@ def renumbered_ids(
     outside = next((n for n in (*graph.outputs, *graph.captured) if n in holds), None)
     if outside is not None:
         raise BudgetError(
-            f"{outside!r} hands on numbers of tokens or experts, which would be other ones.",
+            f"{outside!r} holds numbers of tokens or experts, which would change.",
             hint="Remove that output of the model.",
         )
     positions = {(x.output, x.index) for x in lookups}

@@ -193,7 +193,7 @@ def mixings(
             )
             both = best_subspace(*fit, indices)
             product = both[0] @ both[1].T
-            if measure_drift(*judge, product) >= (1.0 - WORTH) * measure_drift(
+            if logit_error(*judge, product) >= (1.0 - WORTH) * logit_error(
                 *judge, np.diag(np.isin(np.arange(len(product)), indices))
             ):
                 continue
@@ -244,7 +244,7 @@ def best_subspace(queries: Real, keys: Real, indices: Ids) -> tuple[Real, Real]:
     return back_q @ left_vectors @ turn, back_k @ (right_vectors * scale) @ np.linalg.inv(turn).T
 
 
-def measure_drift(queries: Real, keys: Real, mixing: Real) -> float:
+def logit_error(queries: Real, keys: Real, mixing: Real) -> float:
     """Return the mean square of q (I - T) k^T, T [d, d], over queries and keys."""
     difference = np.eye(len(mixing)) - mixing
     return float(np.einsum("ij,ij->", difference.T @ queries @ difference, keys))

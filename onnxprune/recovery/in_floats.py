@@ -1,6 +1,6 @@
 """Integer layers written with numbers, so that they are fitted like any other: decoders, the product, an encoder.
 
-Constants keep their names: what is fitted is written back by their values, and the operators on codes stay as they are.
+Constants keep their names: a fit is written back as their values, and the operators on codes do not change.
 """
 
 from __future__ import annotations

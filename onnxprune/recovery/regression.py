@@ -270,7 +270,7 @@ def shift(sums: Sums, matrix: Real, bias: Real) -> tuple[Real, Real]:
 
 
 def affine(sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> tuple[Real, Real]:
-    """Fit a scale and bias per output: what new BatchNorm statistics do, also where BatchNorm was folded."""
+    """Fit a scale and bias per output, like new BatchNorm statistics, also where BatchNorm was folded."""
     xx, xy = (
         (sums.xx, sums.xy)
         if fixed_bias

@@ -367,9 +367,9 @@ def constants(graph: Graph, node: Node) -> Read:
     return read
 
 
-_UNSEEN = "it lies in an If within a Loop or Scan, and the size of what it gives is not known where that is not taken"
-_OUTSIDE = "it lies in a body and reads what lies outside: one value for all iterations"
-_ACROSS = "it lies in a body, and the first axis of what it reads or gives does not count samples"
+_UNSEEN = "it lies in an If within a Loop or Scan, and the size of its output is not known where that branch is not run"
+_OUTSIDE = "it lies in a body and reads a tensor from outside: one value for all iterations"
+_ACROSS = "it lies in a body, and the first axis of its data or output does not count samples"
 
 
 class Subgraphs:

@@ -29,7 +29,7 @@ from onnxprune.report.progress import ProgressCallback
 # A table in a file or a pipe is as wide as an editor shows; text there has no edge to wrap at.
 PIPE_WIDTH = 120
 SCHEMA_VERSION = 1
-"""Version of what ``--json`` writes: docs/json.md."""
+"""Version of the output of ``--json``: docs/json.md."""
 _RUNTIMES = ("onnxruntime", *(f"onnxruntime-{device}" for device in ("gpu", "openvino", "directml", "qnn", "silicon")))
 WHOLE_NAME = 1000
 _ASCII = {
@@ -77,7 +77,7 @@ class _Loss:
 
 
 def silence(stream: IO[str]) -> None:
-    """Let what is written to a stream from here on, and what waits in it, go nowhere."""
+    """Discard all text written to a stream from here on, and the text that it has buffered."""
     with suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
@@ -94,7 +94,7 @@ def _stream(stream: TextIO | None) -> tuple[TextIO, OSError | None]:
 
 
 def occupy_closed() -> None:
-    """Open what was closed of the standard streams: else the next file opened, a model even, would be one of them."""
+    """Open the standard streams that are closed: else the next file opened, a model even, would be one of them."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -239,7 +239,7 @@ class Screen:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the tool and of what its results depend on; None where something is not installed."""
+    """Return the versions of the tool and the packages its results depend on; None where one is not installed."""
     names = ("onnxprune", "numpy", "onnx")
     known = {"python": platform.python_version(), **{name: _version(name) for name in names}}
     # onnxruntime is one module and several packages: for processors, graphics cards and vendors.

@@ -151,7 +151,7 @@ class Exactness:
     """Cut model against the masked original.
 
     ``passed`` is None when the question was not asked (``note`` says why). ``error`` is the largest absolute difference
-    over all outputs divided by the largest absolute reference value of that output; ``tolerance`` what was allowed.
+    over all outputs divided by the largest absolute reference value of that output; ``tolerance`` the allowed one.
     """
 
     passed: bool | None = None
@@ -261,7 +261,7 @@ one answer of seven is another one, which is rarely of use without training.
 class Verdict:
     """The verdict on a model: ``faithful``, ``degraded`` or ``damaged``.
 
-    ``reason``: the worst answer and what was lost of it; ``next_step``: what to do, empty where nothing is needed;
+    ``reason``: the worst answer and its loss; ``next_step``: advice, empty where nothing is needed;
     ``synthetic``: it was judged on made-up inputs, which are no promise for real ones.
     """
 
@@ -514,7 +514,7 @@ class SparsifiedLayer:
     ``pattern`` is empty where it was left out, for ``reason``; ``weight`` is the name of its constant, ``shape`` that
     of its matrix: parts, contracted, outputs. ``zeros_before`` and ``zeros`` count elements. ``error`` is the share of
     the energy of the layer's output (on the data; without data of the weights) that was lost, before any recovery; null
-    where it was not measured. ``note`` says what was done otherwise than asked.
+    where it was not measured. ``note``: differences from the request.
     """
 
     name: str
@@ -539,7 +539,7 @@ class SparsifiedLayer:
 class SparsityFacts:
     """The zeros of one weight in a file.
 
-    ``pattern`` is what they show: N:M, blocks, ``unstructured``; empty without zeros. ``expected`` is the N:M that most
+    ``pattern``: their pattern: N:M, blocks, ``unstructured``; empty without zeros. ``expected`` is the N:M that most
     sparse layers hold, where this one could hold it as well, else empty; ``holds``: whether it does.
     """
 
@@ -555,7 +555,7 @@ class SparsityFacts:
 
 @dataclass(slots=True)
 class ZerosFacts:
-    """The zeros of a whole model: of its layers' weights, and what they are worth.
+    """The zeros of a whole model: of its layers' weights, and their worth.
 
     ``elements`` and ``zeros`` count over all weights that are matrices; ``storage`` is ``dense`` or ``sparse``, with
     ``sparse_tensors`` stored by their nonzero entries; ``weight_bytes`` and ``deflated_bytes`` are those of all
@@ -609,7 +609,7 @@ class TargetFacts:
 
     @property
     def met_before(self) -> bool:
-        """Whether the original costs no more than what was asked for."""
+        """Whether the original costs no more than the limit."""
         return self.before <= self.limit
 
 
@@ -751,7 +751,7 @@ class Report:
     sparsified: list[SparsifiedLayer] = field(default_factory=list)
     """Every weight that was considered for sparsification; empty where none was requested."""
     zeros: ZerosFacts | None = None
-    """The zeros of a model that was sparsified, and what they are worth; None for others."""
+    """The zeros of a model that was sparsified, and their worth; None for others."""
     quantization: Quantization | None = None
     """The quantization behind everything else; null where none was asked for."""
     product: Exactness | None = None
@@ -783,7 +783,7 @@ class Report:
         return f'<iframe srcdoc="{escape(self.to_html())}" style="width:100%;height:40em;border:0"></iframe>'
 
     def to_html(self, about: Mapping[str, Any] | None = None) -> str:
-        """Return a self-contained HTML page: verdict, sizes, the network, every layer, what was not pruned and why.
+        """Return a self-contained HTML page: verdict, sizes, the network, every layer, and why layers were not pruned.
 
         Args:
             about: more to tell of the run, {name: value}; None: the versions of packages.
@@ -924,7 +924,7 @@ class Shortened:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """Streams that were turned to their principal directions, and what is left of them."""
+    """Streams that were turned to their principal directions, and their channels now."""
 
     streams: list[RotatedStream]
 

@@ -107,8 +107,8 @@ def _end(name: str, width: int) -> str:
 def fitted(names: Sequence[str], width: int) -> list[str]:
     """Names shortened to ``width``; different names stay different.
 
-    The end of a name stays. Where different names would become the same, both ends of them stay; where that is not
-    enough, what stands from the first difference on; where that is not either, they are numbered.
+    The end of a name stays. Where different names would become the same, both ends of them stay; where they still
+    are, the text from the first difference on; where even that is the same, they are numbered.
     """
     result = _shortened(names, width, lambda name, _: _end(name, width))
     result = _shortened(names, width, lambda name, _: _ends(name, width), result)
@@ -138,7 +138,7 @@ def _ends(name: str, width: int) -> str:
 
 
 def _from_difference(name: str, alike: Sequence[str], width: int) -> str:
-    """Return what stands in a name from a little before its first difference to others, and its end."""
+    """Return the text of a name from a little before its first difference to others, and its end."""
     start = max(0, len(_shared_start(alike)) - 2)
     return ELLIPSIS + _ends(name[start:], width - 1) if start > 1 else _ends(name, width)
 

@@ -92,7 +92,7 @@ def bars(console: Console) -> Iterator[ProgressCallback]:
 
 
 class Lines:
-    """One line when a stage first begins, and one at every tick of what is under way.
+    """One line when a stage first begins, and one at every tick of the current stage.
 
     Args:
         write: function that writes a line.

@@ -180,7 +180,7 @@ def tally(reasons: Iterable[str], max_reasons: int = 4) -> str:
 class Shortfall:
     """One layer that lost fewer channels than requested: ``lost`` of ``channels`` went, ``requested`` were to go.
 
-    ``why`` is a sentence that many layers may share, ``detail`` what it means for this one.
+    ``why`` is a sentence that many layers may share, ``detail`` its meaning for this one.
     """
 
     layer: str
@@ -212,7 +212,7 @@ def shortfalls(
         group = _home(layer, groups)
         names = [layer.name, *group.get("layers", ()), *(slot["tensor"] for slot in group.get("slots", ()))]
         share = ratio_of(names)
-        # Halves may be rounded either way, so the smaller of the two counts is what was requested at least.
+        # Halves may be rounded either way, so at least the smaller of the two counts was requested.
         want = math.ceil((share or 0.0) * layer.channels_before - 0.5)
         reason = layer.reason or (Reason.EXCLUDED if share is None else "")
         # A reason on a layer that lost nothing is told even where no ratio was requested for (a plan applied by index).

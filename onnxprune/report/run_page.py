@@ -89,7 +89,7 @@ def _capital(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text without what Markdown reads as markup."""
+    """Return a text without Markdown's markup."""
     return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in " ".join(text.split()))
 
 
@@ -188,9 +188,9 @@ def _penalized(report: Report) -> str:
 def _unpruned(report: Report) -> str:
     """List the layers that kept their channels, grouped by reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
-    default = "No ratio was given, or it comes to less than one unit."
+    default = "No ratio was given, or it is less than one unit."
     if report.settings.get("scope") == "global":
-        default = "Units of other layers are worth less for what they cost, or the ratio comes to less than one unit."
+        default = "Units of other layers score less for their cost, or the ratio is less than one unit."
     default = default if report.budget is None else "The budget keeps all of their units."
     named = numbers.readable([layer.name for layer in report.layers])
     for name, layer in zip(named, report.layers, strict=True):
@@ -265,7 +265,7 @@ def _network(report: Report) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, float | str]]]) -> str:
-    """Return a table that sorts where a head is pressed; cells are a text and what they sort by."""
+    """Return a table that is sorted by a click on a head; cells are a text and its sort key."""
     top = "".join(f'<th tabindex="0" aria-sort="none">{escape(head)}</th>' for head in heads)
     body = "".join(
         "<tr>" + "".join(f'<td data-by="{escape(str(by))}">{escape(text)}</td>' for text, by in row) + "</tr>"

@@ -1,4 +1,4 @@
-"""Zeros of a model as tables and lines: what a sparsification did, and what a file holds."""
+"""Zeros of a model as tables and lines: those of a sparsification, and those of a file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _share(item: SparsifiedLayer | SparsityFacts) -> str:
 
 
 def lines(report: Report) -> Iterator[Text]:
-    """Yield the lines of the summary: how many zeros, where, how they are stored, and what they are worth."""
+    """Yield the lines of the summary: how many zeros, where, how they are stored, and their worth."""
     if not report.sparsified:
         return
     items = [item for item in report.sparsified if item.pattern]

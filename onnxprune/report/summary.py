@@ -1,4 +1,4 @@
-"""The summary of a run: about a dozen lines for whoever decides; tables of layers come with ``-v`` and in pages."""
+"""The summary of a run: about a dozen lines for a decision; tables of layers come with ``-v`` and in pages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _sizes(sums: Totals) -> Iterator[Text]:
 
 
 def _budget(facts: BudgetFacts | None) -> Iterator[Text]:
-    """One line for each target, and one for what it cost."""
+    """One line for each target, and one for its cost."""
     if facts is None:
         return
     for target in facts.targets:
@@ -93,7 +93,7 @@ def _budget(facts: BudgetFacts | None) -> Iterator[Text]:
 
 
 def _quantized(report: Report) -> Iterator[Text]:
-    """One line on what is stored in 8 bits, how it was fitted, and what it saved."""
+    """One line on weights in 8 bits, how they were fitted, and the bytes saved."""
     facts = report.quantization
     if facts is None:
         return

@@ -257,7 +257,7 @@ _COLOURS = {"faithful": "bold green", "degraded": "bold yellow", "damaged": "bol
 
 
 def verdict_line(facts: Verdict | None, spelled: Callable[[str], str] = str) -> list[Text]:
-    """One line: whether the model still gives the answers of its original, what was lost, and the next step."""
+    """One line: whether the model still gives the answers of its original, the loss, and the next step."""
     if facts is None:
         return []
     points = f", {facts.points:.1f} of 100 points"
@@ -359,7 +359,7 @@ def rotated(facts: Sequence[RotatedStream]) -> list[Text]:
 
 
 def branches_line(facts: Sequence[BranchFacts]) -> list[Text]:
-    """Return one line on removed residual branches: how many, what they took of the work, and their names."""
+    """Return one line on removed residual branches: how many, their share of the work, and their names."""
     removed = [branch for branch in facts if branch.removed]
     if not removed:
         return []
@@ -389,7 +389,7 @@ def resized_line(facts: Sequence[ResizedTensor]) -> list[Text]:
 
 
 def experts_line(facts: Sequence[ExpertFacts]) -> list[Text]:
-    """Return one line on removed experts: how many of how many, in how many mixtures, and what they held."""
+    """Return one line on removed experts: how many of how many, in how many mixtures, and their parameters."""
     if not facts:
         return []
     removed, total = sum(len(one.removed) for one in facts), sum(one.experts for one in facts)
@@ -412,7 +412,7 @@ def mixtures(facts: Sequence[ExpertFacts]) -> list[RenderableType]:
 
 
 def vocabulary_line(facts: VocabularyFacts | None) -> list[Text]:
-    """Return one line on a vocabulary: tokens before and after, the bytes saved, and what the ids are now."""
+    """Return one line on a vocabulary: tokens before and after, the bytes saved, and whose ids it takes."""
     if facts is None:
         return []
     lost = f"{facts.tokens_before:,} to {facts.tokens_after:,}, {numbers.size(facts.bytes_saved)} saved"
@@ -422,7 +422,7 @@ def vocabulary_line(facts: VocabularyFacts | None) -> list[Text]:
 
 
 def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:
-    """Return a table of all residual branches: what each took, what the outputs lost without it, or why it is left."""
+    """Return a table of all residual branches: the work of each, the loss of outputs without it, or why it stays."""
     if not facts:
         return []
     table = table_of(("branch", "left"), ("holds", "right"), ("params", "right"), ("MACs", "right"), ("", "left"))
@@ -433,7 +433,7 @@ def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:
 
 
 def branch_fate(branch: BranchFacts) -> str:
-    """Say whether a branch was removed, and what the outputs lost, or why it is left."""
+    """Say whether a branch was removed, and the loss of the outputs, or why it stays."""
     if not branch.removed:
         return branch.reason
     return "removed" if branch.error is None else f"removed; outputs changed by {_share(branch.error)}"
@@ -607,7 +607,7 @@ def render(facts: BudgetFacts | None) -> list[RenderableType]:
 
 
 def budget_line(facts: BudgetFacts) -> Text:
-    """One line: what the budget cost, and the candidate that was selected."""
+    """One line: the cost of the budget, and the candidate that was selected."""
     lost = facts.points_before - facts.points_after
     allowed = "" if facts.max_drop is None else f" (allowed {facts.max_drop:g})"
     drop = f"{facts.what} {facts.points_before:.4g} {numbers.ARROW} {facts.points_after:.4g}, {lost:.3g} lost{allowed}"
@@ -828,7 +828,7 @@ def unlocks(operators: Sequence[tuple[str, int]], max_rows: int = 10) -> Table:
 
 
 def details(report: Report, *, name_width: int) -> list[RenderableType]:
-    """Render what the summary leaves out: every layer, how channels were chosen, and all outputs."""
+    """Render the details that the summary leaves out: every layer, how channels were chosen, and all outputs."""
     parts: list[RenderableType] = []
     if report.layers:
         parts += [layers(report.layers, name_width=name_width), Text("")]

@@ -88,7 +88,7 @@ FORMAT = 3
 
 
 class Checkpoint:
-    """One file per set of statistics, named by a hash of the model, the data, what is asked of them, and the package.
+    """One file per set of statistics, named by a hash of the model, the data, the request, and the package.
 
     Args:
         folder: folder of the file, made where it does not exist.
@@ -196,7 +196,7 @@ class Request:
 
     ``growth``: how many times larger that is (windows overlap); it is then done for a few samples at a time.
     ``joins``: values of several calls may be joined along their first axis, the statistic stays the same.
-    ``where``: conditions under which a value counts, (tensor, what it has to be).
+    ``where``: conditions under which a value counts, (tensor, value it must have).
     """
 
     name: str
@@ -355,7 +355,7 @@ class _Collector:
     def add(self, values: Feed, *, at_once: bool) -> bool:
         """Take in one call's values. Returns whether none are waiting to be handed over now.
 
-        ``at_once``: hand them over and wait, so that what is wrong shows in the first call already.
+        ``at_once``: hand them over and wait, so that an error is raised in the first call already.
         """
         self._calls.append(values)
         self._bytes += sum(value.nbytes for value in values.values())

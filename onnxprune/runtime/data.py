@@ -45,7 +45,7 @@ class Source:
     Args:
         parts: a fresh pass.
         known: shapes are known without doing anyone's work, so that all can be checked before the first pass.
-        again: a pass reads the source itself, not what was kept of it.
+        again: a pass reads the source itself, not a stored copy.
         unit: rows that make up one sample, where a model takes one at a time and has no axis for it.
         stamp: bytes that stand for the content of the first n samples, where there are cheaper ones than the arrays.
     """
@@ -193,7 +193,7 @@ def _is_plain(item: Any) -> bool:
 
 
 def _named_arrays(item: Mapping[Any, Any], specs: Sequence[InputSpec], where: str) -> Arrays:
-    """Return the arrays of a mapping; what is no input (texts, labels of unequal lengths) need not be an array."""
+    """Return the arrays of a mapping; entries that are no input (texts, uneven labels) need not be arrays."""
     inputs = {spec.name for spec in specs}
     arrays: Arrays = {}
     for key, value in item.items():
@@ -276,7 +276,7 @@ class Totals:
 class Cutter:
     """Cuts sets of arrays into batches of ``size`` samples, or of the leading sizes that the model fixes.
 
-    Sets of equal shapes that follow one another are joined, so that a batch can hold samples of several sets; what is
+    Sets of equal shapes that follow one another are joined, so that a batch can hold samples of several sets; samples
     left at the end makes a short batch where leading sizes are free and is dropped where they are not. Sets whose
     inputs differ in their numbers of rows (states, constants beside samples) are cut each for itself: scalars, and
     arrays that fill a fully fixed input while other inputs hold more, go into every batch. A scalar input that gets

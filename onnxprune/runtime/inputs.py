@@ -129,7 +129,7 @@ RANGES: dict[str, Spread] = {
 
 # Axes shorter than this are colours or the like, along which values go together.
 _SHORT = 5
-# Share of samples that are white noise; without any, what only fine detail tells apart would be left to chance.
+# Share of samples that are white noise; without any, classes that differ in fine detail alone would be left to chance.
 _NOISE = 1 / 8
 # Steps that a field is cut into where it becomes flat patches.
 _LEVELS = 8
@@ -174,7 +174,7 @@ def make_plausible_inputs(
 
 
 def is_pattern(spec: InputSpec) -> bool:
-    """Return whether an input holds what was measured, not indices or masks."""
+    """Return whether an input holds measurements, not indices or masks."""
     if "mask" in spec.name.lower():
         return False
     return spec.dtype.kind in "fV" or (spec.dtype.kind in "iu" and spec.dtype.itemsize == 1 and len(spec.shape) >= 3)

@@ -147,8 +147,8 @@ def profile(
         feeds: the first one is run.
         runs: number of runs.
         device: None for one thread of the CPU.
-        share: the mean of so many of the runs, the shortest ones, is given in place of the median; what disturbs a run
-            only makes it longer, and a mean is finer than the clock.
+        share: the mean of so many of the runs, the shortest ones, is given in place of the median; a disturbance
+            only makes a run longer, and a mean is finer than the clock.
 
     Raises:
         ModelError: the model does not load or run.
@@ -228,7 +228,7 @@ def latency(
 ) -> Latency:
     """Measure the median milliseconds per run of two models with all graph optimisations, and how they compare.
 
-    The models run in turn, see :func:`in_turn`. Every round is a pair: what disturbs the machine for longer than a run
+    The models run in turn, see :func:`in_turn`. Every round is a pair: a disturbance that outlasts a run
     disturbs both, so that the ratio of a pair says more than both medians.
 
     Args:

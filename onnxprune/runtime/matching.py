@@ -142,7 +142,7 @@ def cast(array: Array, spec: InputSpec, place: str, first: int | None = None) ->
 
 
 def _check_finite(array: Array, spec: InputSpec, place: str, first: int | None) -> None:
-    """Refuse NaN and infinity: whatever they reach can neither be scored nor compared.
+    """Reject NaN and infinity: outputs that depend on them can neither be scored nor compared.
 
     An additive mask may hold minus infinity, which hides a position.
 
@@ -162,5 +162,5 @@ def _check_finite(array: Array, spec: InputSpec, place: str, first: int | None) 
     raise UsageError(
         f"{place} holds {what}{sample} ({int((~finite).sum())} of the {finite.size} values read are not finite); "
         f"input {spec.name!r} takes finite numbers",
-        hint="Remove those samples or mend how they were made; in a mask -1e9 does what minus infinity does.",
+        hint="Remove those samples or correct their preparation; in a mask, -1e9 acts like minus infinity.",
     )

@@ -218,7 +218,7 @@ class Segments:
         return name in self._graph.producer or name in self._graph.inputs
 
     def _assign(self) -> list[list[Node]]:
-        """Nodes of every piece: what its wanted tensors need and no piece before has computed."""
+        """Nodes of every piece: those that its tensors need and no earlier piece has computed."""
         assigned: set[int] = set()
         pieces: list[set[int]] = [set() for _ in self._requested]
         for start, names in zip(self._starts, self._requested, strict=True):

@@ -416,7 +416,7 @@ def at_sizes_of(session: ort.InferenceSession, outputs: Feed) -> Feed:
 
 
 class _Interface(NamedTuple):
-    """What a session takes and gives.
+    """Inputs and outputs of a session.
 
     Attributes:
         inputs: types by input.

@@ -289,7 +289,7 @@ class SearchResult:
         final: its evaluation.
         failure: description of the gate that it does not pass, empty for none.
         tried: all candidates that were evaluated: the mask of what each removes, and its facts.
-        remarks: what the user should know about the search.
+        remarks: remarks on the search for the user.
     """
 
     problem: SearchProblem

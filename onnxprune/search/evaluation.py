@@ -174,7 +174,7 @@ def _modules_beside(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A pruned and recovered model, and what it costs.
+    """A pruned and recovered model, and its costs.
 
     Attributes:
         model: the model, ready to be saved.
@@ -222,7 +222,7 @@ def evaluate(
 
     Raises:
         UsageError: the metric fails. BudgetError: no ranks save as much as they are to.
-        ValidationError: new layers are not what they should be.
+        ValidationError: new layers differ from their reference.
     """
     analysis = pruned.analysis
     num_fit = None if split is None else split.num_fit(context, analysis)

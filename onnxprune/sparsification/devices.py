@@ -1,4 +1,4 @@
-"""What zeros are worth on a device: which patterns its kernels make use of, and from where that is known."""
+"""The worth of zeros on a device: patterns that its kernels make use of, and the source of that."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from onnxprune.sparsification.patterns import Pattern
 
 @dataclass(frozen=True, slots=True)
 class ZeroKernels:
-    """What a device does with zeros.
+    """The use that a device makes of zeros.
 
     Attributes:
         speeds_up: patterns that make it faster: ``2:4``, ``unstructured`` (any zeros), ``4x1`` (blocks along outputs).
         where: which layers, and from how many zeros or channels on.
-        note: what there is otherwise, such as a smaller file.
+        note: other gains, such as a smaller file.
         source: where that is known from.
     """
 

@@ -109,7 +109,7 @@ def _zeros_of(part: Real, diagonal: Real, pattern: Pattern, count: int, frozen: 
 def round_columns(matrix: Real, factor: Real, scale: Real, top: int) -> Real:
     """Return whole numbers q so that ``q * scale`` replaces the matrix with the least change of its outputs.
 
-    The same update as that of zeros: what rounding changes in a column is made up for by the columns behind it. Frantar
+    The same update as that of zeros: columns behind a column compensate its error of rounding. Frantar
     et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, ICLR 2023. Zeros stay 0,
     and the largest weight of an output that reaches ``top`` stays there: a quantizer finds the same scale again.
 

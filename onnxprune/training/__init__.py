@@ -1,1 +1,1 @@
-"""Training of ONNX graphs by onnxruntime alone: what is trained, losses, steps, the optimiser and the loop."""
+"""Training of ONNX graphs by onnxruntime alone: parameters, losses, steps, the optimiser and the loop."""

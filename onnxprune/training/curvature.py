@@ -55,7 +55,7 @@ class Curvature:
 
     @classmethod
     def measured(cls, graph: StaticGraph, parameters: Parameters, feeds: Iterable[Feed]) -> Curvature:
-        """Return the coordinates for layers of a graph from what they read on some calls."""
+        """Return the coordinates for layers of a graph from their data on some calls."""
         sites = _sites(graph, parameters)
         if not sites:
             return cls(parameters, {})

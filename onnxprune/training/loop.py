@@ -77,7 +77,7 @@ class Keeper(Protocol):
         """Keep arrays in place of those before."""
 
     def clear(self) -> None:
-        """Forget what was kept: the training is finished."""
+        """Delete the stored state: the training is finished."""
 
 
 EVALUATIONS = 10
@@ -179,7 +179,7 @@ class _State:
         )
 
     def resume(self) -> bool:
-        """Go on from what was kept; return whether there was something that fits."""
+        """Resume from the stored state; return whether there was one that fits."""
         arrays = None if self.keeper is None else self.keeper.load()
         if arrays is None or np.shape(arrays["weights"]) != self.parameters.vector.shape:
             return False

@@ -47,7 +47,7 @@ def trainable(graph: StaticGraph) -> tuple[list[str], dict[str, str]]:
 
 
 def _of_weights_alone(graph: StaticGraph) -> set[str]:
-    """Return the tensors that depend on no input: weights, and what is computed from them alone."""
+    """Return the tensors that depend on no input: weights, and tensors computed from them alone."""
     weight_tensors = set(graph.constants) | set(graph.variables)
     for node in graph.nodes:
         if all(not i or i in weight_tensors for i in node.inputs):

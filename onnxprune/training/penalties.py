@@ -24,7 +24,7 @@ _LEAST, _MOST = 1e-2, 1e3
 _NOTHING = 1e-12
 
 MAKES, READS, SCALES, SHIFTS = "makes", "reads", "scales", "shifts"
-"""What weights do with units: compute them, sum over them, multiply them, are added to them."""
+"""Roles of weights towards units: compute them, sum over them, multiply them, are added to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ class Penalty:
 
     A given strength is on all units. With a share in its place, the sum is that of the share's smallest norms (trimmed
     lasso), which are others from step to step, and the units that are to stay keep their sizes. The strength then grows
-    while fewer units are 0 than a cubic schedule asks for, and falls while more are; what is missing at three quarters
-    of the training is taken from the smallest.
+    while fewer units are 0 than a cubic schedule asks for, and falls while more are; units missing at three quarters
+    of the training are taken from the smallest.
 
     Which units are 0 is read off the weights, so that earlier weights can be restored at any time.
 
@@ -134,7 +134,7 @@ class Penalty:
         units: the units.
         penalized: the slices that the norms are taken of.
         parameters: the weights.
-        share: share of the units to bring to 0, 0 < share < 1; None: what a given strength brings to 0.
+        share: share of the units to bring to 0, 0 < share < 1; None: as many as the strength brings to 0.
         strength: strength of the penalty, above 0; None: adapted to ``share``.
         threshold: relative norm below which a unit becomes 0, 0 <= threshold < 1.
         masked: whether the penalty is on a mask in front of every unit, which is trained, in place of the norms.

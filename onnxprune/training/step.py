@@ -39,7 +39,7 @@ class Parameters:
         return {name: vector[span].reshape(self.shapes[name]) for name, span in self.spans.items()}
 
     def keep_zeros(self) -> None:
-        """Set to 0 again what is locked there."""
+        """Set locked weights to 0 again."""
         if self.zeros is not None:
             self.vector[self.zeros] = 0
 

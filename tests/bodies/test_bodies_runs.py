@@ -100,7 +100,7 @@ def test_a_repair_says_why_it_leaves_layers_of_bodies() -> None:
     text = text.replace("e = MatMul(x, w0)", "e = MatMul(x, w0)  e2 = ReduceMax <axes = [0], keepdims = 0> (e)")
     outside = op.prune(build(text, **SCAN_SIZES, wv=(5, 6)), ratio=0.5, data=calls(), recover="full", latency=False)
     said = {r.layer: r.how for r in outside.report.repairs if not r.done}
-    assert "reads what lies outside" in said["c"]
+    assert "reads a tensor from outside" in said["c"]
     across = SCAN.replace("o = MatMul(t, wo)", "back = Transpose(t)  o1 = MatMul(wl, back)  o = Transpose(o1)")
     values = {k: v for k, v in SCAN_SIZES.items() if k != "wo"}
     turned = op.prune(build(across, **values, wl=(7, 6)), ratio=0.5, data=calls(), recover="full", latency=False)

@@ -214,7 +214,7 @@ REFUSED = {
     post_norm: "adds to what .* scales channel by channel",
     activated: "Relu .* works on its channels one by one",
     read_uncentred: "reads it without its mean over channels being subtracted",
-    tied: "shared with what no scale stands in front of",
+    tied: "shared with a reader that has no scale in front of it",
     raised: "adds the same number to all channels",
 }
 

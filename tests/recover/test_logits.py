@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planted import Planted, draw, error, how, outputs, plan, repaired, weights
 
 from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
-from onnxprune.recovery.attention import best_subspace, measure_drift
+from onnxprune.recovery.attention import best_subspace, logit_error
 
 HEADS, WIDTH, STEPS = 2, 5, 6
 LOST = ((1,), (3,))
@@ -136,10 +136,10 @@ def test_best_subspace_is_no_worse_than_any_choice(width: int, data: st.DataObje
     kept = np.sort(rng.permutation(width)[: data.draw(st.integers(1, width))])
     first, second = best_subspace(queries, keys, kept)
     assert first.shape == second.shape == (width, kept.size)
-    best = measure_drift(queries, keys, first @ second.T)
+    best = logit_error(queries, keys, first @ second.T)
     assert (
-        best <= measure_drift(queries, keys, np.diag(np.isin(np.arange(width), kept).astype(float))) * (1 + 1e-9) + 1e-9
+        best <= logit_error(queries, keys, np.diag(np.isin(np.arange(width), kept).astype(float))) * (1 + 1e-9) + 1e-9
     )
     for _ in range(5):
         other = rng.standard_normal((width, kept.size)) @ rng.standard_normal((kept.size, width))
-        assert best <= measure_drift(queries, keys, other) + 1e-9
+        assert best <= logit_error(queries, keys, other) + 1e-9

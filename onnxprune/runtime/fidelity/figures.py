@@ -37,8 +37,8 @@ def roots(probabilities: NDArray[Any]) -> NDArray[np.float64]:
     """Square roots of probabilities, in float64: their squared distance, halved, is the squared Hellinger distance.
 
     H^2(p, q) = 1/2 sum_c (p_c^1/2 - q_c^1/2)^2, from 0 to 1. Unlike a difference of probabilities it does not go by the
-    most probable class alone. What is not finite, or below 0, counts as 0. Le Cam and Yang, Asymptotics in Statistics,
-    2nd edition, 2000.
+    most probable class alone. Values that are not finite, or below 0, count as 0. Le Cam and Yang, Asymptotics in
+    Statistics, 2nd edition, 2000.
     """
     known = np.nan_to_num(probabilities.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
     return np.sqrt(np.maximum(known, 0.0))
@@ -51,7 +51,7 @@ SNR_LIMIT = 300.0  # dB; equal outputs would be infinite, which JSON cannot hold
 class Sums:
     """Running sums of one output: products of original a, final b and their difference d; elements; rows of scores.
 
-    ``apart``: squared Hellinger distances of rows of probabilities; NaN for what is none.
+    ``apart``: squared Hellinger distances of rows of probabilities; NaN for other rows.
     """
 
     numeric: bool

@@ -1,4 +1,4 @@
-"""Kinds of outputs: what an output of a model means, read off its values, its name, and the end of the graph.
+"""Kinds of outputs: the meaning of an output, read off its values, its name, and the end of the graph.
 
 A detector's boxes and scores are one answer, whether they are several tensors or columns of one; every other output is
 an answer of its own.
@@ -146,7 +146,7 @@ def table(array: Array, axis: int | None, batched: bool = True) -> Numbers:
 
 
 def as_scores(values: Numbers, form: str) -> Numbers:
-    """Return scores of any form as numbers from 0 to 1; what is not finite counts as the lowest."""
+    """Return scores of any form as numbers from 0 to 1; values that are not finite count as the lowest."""
     if form == "binary logits":
         return 1 / (1 + np.exp(-np.clip(np.nan_to_num(values, nan=-60, neginf=-60, posinf=60), -60, 60)))
     if form == "logits":

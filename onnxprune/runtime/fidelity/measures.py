@@ -45,7 +45,7 @@ class Measure(ABC):
 
     @abstractmethod
     def lost(self) -> str:
-        """Say what was lost in a few words."""
+        """Describe the loss in a few words."""
 
     def is_coarse(self) -> bool:
         """Return whether the share counts answers of which a sample has one, so that few samples resolve little."""
@@ -143,7 +143,7 @@ class Classes(Measure):
     p[other] / p[own], so that the share is the accuracy to expect if the original's probabilities are right. The
     distribution counts by its affinity sum_c sqrt(p_c q_c), 1 minus the squared Hellinger distance. Where there are
     many positions (segmentation, tokens), classes weigh by the root of their frequency and answers count by
-    intersection over union, so that a background does not hide what is on it.
+    intersection over union, so that a background does not hide objects on it.
     """
 
     def __init__(self, part: Part) -> None:
@@ -693,7 +693,7 @@ def _common_neighbours(a: Numbers, b: Numbers) -> float:
 
 
 class Labels(Measure):
-    """Classes, indices, texts: the share of equal ones; of lists of another length, what an alignment keeps."""
+    """Classes, indices, texts: the share of equal ones; for lists of another length, the share that alignment keeps."""
 
     def __init__(self, name: str) -> None:
         self.name, self.same, self.all = name, 0.0, 0

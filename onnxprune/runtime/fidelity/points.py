@@ -210,7 +210,7 @@ class _Judge:
     def _answer(
         self, reading: Reading, measure: Measure, outputs: Mapping[str, OutputFidelity]
     ) -> AnswerFidelity | None:
-        """Return the fidelity of an answer, and tell its outputs how they were read; None for what is no answer."""
+        """Return the fidelity of an answer, and tell its outputs how they were read; None for other outputs."""
         share = measure.share()
         arrays = [outputs[name] for name in reading.outputs if name in outputs]
         points = 0.0 if math.isnan(share) else 100 * min(1.0, max(0.0, share))
