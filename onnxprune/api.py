@@ -138,7 +138,7 @@ def prune(
         model: path, bytes or ModelProto; never changed.
         criterion: a name, see ``onnxprune.criteria.names()``, or a function from a slot (and its maps) to scores
             [channels]; some need ``data``. None: ``ziplm`` with data, else ``l2``.
-        ratio: share of units to remove, 0 <= ratio < 1, rounded to what the groups' constraints allow; None: 0.3, or
+        ratio: share of units to remove, 0 <= ratio < 1, rounded to counts that groups allow; None: 0.3, or
             no units where ``depth``, ``experts`` or ``vocabulary`` is given.
         depth: residual branches to remove as a whole, a number from 1 or the share of all, 0 < depth < 1: those whose
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`; or ``"auto"``: as many
@@ -217,7 +217,7 @@ def prune(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -239,7 +239,7 @@ def prune(
             :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
-            report lists what was left out.
+            report lists the skipped stages.
         validate: run the checks; True.
         min_fidelity: smallest allowed fidelity: points, 1 < min_fidelity <= 100; or the cosine of each output with the
             original's, both centred per channel, 0 < min_fidelity <= 1; None: no limit.
@@ -341,7 +341,7 @@ def _warn_of_float_costs(report: Report) -> None:
 
 
 def _warn_of_no_gain(report: Report) -> None:
-    """Warn of a result that does less work and is not faster, with what would make it so."""
+    """Warn of a result that does less work and is not faster, with options that would make it so."""
     timed, sums = report.latency, report.totals
     if timed is None or timed.speed_verdict == "faster" or sums.macs_after >= sums.macs_before:
         return
@@ -374,7 +374,7 @@ def _stages(
 
 
 def _check_depth(depth: float | str | None, spec: BudgetSpec, keep_cache: bool) -> None:
-    """Refuse what a number of branches that a budget chooses cannot be combined with; raises UsageError."""
+    """Reject arguments that a number of branches chosen by a budget excludes; raises UsageError."""
     if depth == "auto" and not spec.targets:
         raise UsageError(
             f"{argument('depth', 'auto')} needs a target",
@@ -554,7 +554,7 @@ def recover(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
@@ -564,7 +564,7 @@ def recover(
             :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
-            report lists what was left out.
+            report lists the skipped stages.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -656,7 +656,7 @@ def finetune(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
@@ -754,7 +754,7 @@ def factorize(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
@@ -884,13 +884,13 @@ def sparsify(
             machine.
         storage: ``dense`` (default), or ``sparse``: tensors that are smaller so become sparse initializers.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
-        data: inputs without labels, as for :func:`prune`: weights are then scored by what they are multiplied with, and
+        data: inputs without labels, as for :func:`prune`: weights are then scored by their activations, and
             the remaining error is recovered. None: scores of the weights alone.
         samples: number of samples to use, 1 or more; None: up to 256 to validate, all for recovery and for criteria.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
@@ -1013,7 +1013,7 @@ def train(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
@@ -1131,7 +1131,7 @@ def compare(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         metric: function from the path of a model to a number, higher is better, or ``"script.py:function"``; None:
             fidelity.
         max_drop: largest allowed drop of the metric, 0 or more; without a metric in points of fidelity; None: no limit.
@@ -1319,7 +1319,7 @@ def sensitivity(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -1459,7 +1459,7 @@ def sweep(
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.
         images: conversion of images to arrays; None: from the model's input.
         outputs: {output: kind}, such as ``"classes"`` or ``"boxes:1"`` with an axis, where fidelity should not decide
-            by names, values and the graph what an output is; None: none.
+            by names, values and the graph; None: none.
         cache: folder of statistics, from which an interrupted or repeated run continues; None: not kept.
         seed: seed of all random numbers, 0 or more; 0.
         custom_op_libraries: shared libraries of custom operators, known to every session of onnxruntime. Empty: none.
@@ -1469,7 +1469,7 @@ def sweep(
             the reported fidelity.
         memory_limit: bytes of activations to hold in memory at a time, 1,000,000 or more; None: 512 MiB.
         effort: bounds on the work of searches and recoveries: ``quick``, ``normal`` (default) or ``thorough``; the
-            report lists what was left out.
+            report lists the skipped stages.
         latency: measure latency; True.
         folder: folder to keep the models in; None: they are deleted.
         progress: callback, called with (stage, fraction), fraction in [0, 1]; None: no calls.

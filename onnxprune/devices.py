@@ -202,7 +202,7 @@ def instruction_set() -> str:
 
 
 def _features() -> set[str]:
-    """Return what the processor has, in small letters: as numpy found it, else as the system lists it."""
+    """Return the features of the processor, in lower case: as numpy found it, else as the system lists it."""
     for module in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):
         with suppress(ImportError, AttributeError):
             has = __import__(module, fromlist=["x"]).__cpu_features__

@@ -146,7 +146,7 @@ class Stages:
         self.left_out: list[str] = []
 
     def leave_out(self, what: str) -> None:
-        """Record what bounds on the work left out, once, for the report."""
+        """Record work that was skipped by bounds, once, for the report."""
         if what not in self.left_out:
             self.left_out.append(what)
 
@@ -239,7 +239,7 @@ class Effort:
         least_samples: fewest samples to measure output sensitivities on.
         samples: largest number of samples to recover from where the user sets none; None for all.
         rows: rows per unknown that a layer is fitted to.
-        training: multiply-accumulates of a training that nobody asked for, forward and backward; 0: none.
+        training: multiply-accumulates of a training that was not requested, forward and backward; 0: none.
     """
 
     name: str
@@ -1056,7 +1056,7 @@ class Result:
         return str(self.report)
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the page of the report."""
+        """Return the page of the report, which a notebook shows."""
         return self.report._repr_html_()
 
     def graphsurgeon(self) -> Any:

@@ -125,7 +125,7 @@ class Rounding:
         self.multiples = {g.id: halved(m, g.steps) for g, m in zip(groups, multiples, strict=True)}
 
     def _multiples_of_layer(self, node: Node) -> list[tuple[str, int, int]]:
-        """Return (tensor, axis, multiple of its channels) for what a layer writes and reads."""
+        """Return (tensor, axis, multiple of its channels) for the output and the data of a layer."""
         graph, shape, rule = self._analysis.graph, self._analysis.facts.shape, rule_of(node)
         data, out = node.inputs[rule.data], node.outputs[0]
         producer = graph.producer.get(data)

@@ -101,7 +101,7 @@ def params_after(analysis: Analysis, removed: Mask) -> int:
 def savings(
     analysis: Analysis, groups: Sequence[Group], kind: str, seconds: Mapping[str, float] | None = None
 ) -> dict[int, Array]:
-    """Return what the removal of each unit saves, [units] by group id; more than 0.
+    """Return the cost that the removal of each unit saves, [units] by group id; more than 0.
 
     The saving is exact for one unit of every kind: its share of each tensor that it lies on, and of both sides of a
     layer whose input and output channels belong to the same group. In a group of several rows a unit represents its
@@ -619,7 +619,7 @@ def _num_removed_steps(group: Group, removed_units: Mask, dead: Mask) -> int:
 def choose(
     analysis: Analysis, request: Request, ranked: Mapping[int, RankedGroup], rounding: Rounding | None = None
 ) -> Mask:
-    """Return the mask over components to remove; ``rounding`` makes up for what rounding to its multiples changes."""
+    """Return the mask over components to remove; ``rounding`` compensates the rounding to its multiples."""
     counts = allocate(list(ranked.values()), request.scope, request.rounding, request.group_policy == "sum")
     if rounding is not None and request.scope == "local" and request.rounding == "nearest" and ranked:
         free = [replace(c, counts=counts_of(analysis.units.groups[n], request)) for n, c in ranked.items()]

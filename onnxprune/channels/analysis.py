@@ -188,7 +188,7 @@ class Analysis:
 
     @cached_property
     def network(self) -> Network:
-        """Nodes and what they read from each other, for drawings."""
+        """Nodes and the tensors they read from each other, for drawings."""
         at: dict[str, int] = {}
         nodes = []
         for i, node in enumerate(self.graph.steps):

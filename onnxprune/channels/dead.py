@@ -1,7 +1,7 @@
 """Dead units: their removal changes no output for any input; constants that they add are folded into biases.
 
 A removal equals a multiplication by 0 in front of every operator that sums over removed channels. It changes nothing
-where the channels are 0 there already, or where nobody reads them: all weights that multiply them, towards units that
+where the channels are 0 there already, or where nothing reads them: all weights that multiply them, towards units that
 are read themselves, are 0. Which units are read follows backwards from the outputs: of units that only read each other
 (a recurrence, a residual stream) none is. A channel that is the same number everywhere adds that number times its
 weights to all outputs of a layer: that is a bias.
@@ -259,7 +259,7 @@ class _Sum:
 
 
 def _readers(analysis: Analysis, constants: Constants, node: Node, foldable: Folding) -> list[_Layer | _Sum]:
-    """Return what a node sums over."""
+    """Return the sum that a node computes."""
     table, component = analysis.table, analysis.units.component
     if not any(table.get(n) for n in node.inputs if n):
         return []

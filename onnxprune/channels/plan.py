@@ -237,7 +237,7 @@ def map_text(entry: PlanVocabulary) -> str:
 
 
 def rotated(plan: Plan) -> list[Rotated]:
-    """Return what the streams that a plan turns keep of their energy, as a fact; none where it turns none."""
+    """Return the energy that streams turned by a plan keep, as a fact; none where it turns none."""
     if not plan.rotations:
         return []
     removed = {slot.tensor: slot.removed for group in plan.groups for slot in group.slots}

@@ -1,4 +1,4 @@
-"""The command line: ``onnxprune MODEL.onnx`` prunes, ``onnxprune inspect MODEL.onnx`` shows what could be cut."""
+"""The command line: ``onnxprune MODEL.onnx`` prunes, ``onnxprune inspect MODEL.onnx`` lists its layers."""
 
 from onnxprune.cli.main import main
 

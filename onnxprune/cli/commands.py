@@ -258,7 +258,7 @@ TRIAL_SECONDS, TRIAL_SHARE = 60.0, 1.2
 
 
 def _try_smaller(options: CommandOptions, screen: Screen, report: Report, took: float) -> None:
-    """Try smaller ratios where the model lost too much, as far as time allows; note the best one and what it keeps.
+    """Try smaller ratios where the model lost too much, as far as time allows; note the best one and its fidelity.
 
     The trials are whole runs from the same data, so that their fidelity is measured and not guessed.
 

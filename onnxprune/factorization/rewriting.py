@@ -45,7 +45,7 @@ def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], factorize
 
 @dataclass(slots=True)
 class _Nodes:
-    """The nodes in the place of one layer: what :class:`onnxprune.operators.factoring.Replacement` asks for."""
+    """The nodes in the place of one layer, as :class:`onnxprune.operators.factoring.Replacement` asks for."""
 
     proto: onnx.NodeProto
     description: Description

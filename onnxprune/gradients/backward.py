@@ -189,7 +189,7 @@ def _read(node: Node) -> list[str]:
 def inference_graph(
     graph: StaticGraph, tape: Tape, outputs: Sequence[str], variables: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """Return the model that gives some tensors of a static graph, or what was computed from them on a tape.
+    """Return the model that gives some tensors of a static graph, or of tensors computed from them on a tape.
 
     Args:
         graph: the graph.

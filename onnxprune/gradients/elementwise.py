@@ -101,7 +101,7 @@ def leaky_relu(r: Reverse) -> None:
 
 @register_gradient("", "PRelu")
 def prelu(r: Reverse) -> None:
-    """Scale the gradient by the slope below 0; the slope gets what lies there."""
+    """Scale the gradient by the slope below 0; the slope gets the part there."""
     t, x, slope = r.tape, r.x, r.node.inputs[1]
     above = t.cast(t.positive(x), t.kinds[x])
     below = t.sub(t.scalar(1, x), above)
@@ -211,7 +211,7 @@ def quick_gelu(r: Reverse) -> None:
 
 @register_gradient("", "Clip")
 def clip(r: Reverse) -> None:
-    """Pass the gradient between the bounds; a bound gets what lies at it."""
+    """Pass the gradient between the bounds; a bound gets the part at it."""
     t, dy = r.tape, r.dy
     inside = ""
     for i, name, op in ((1, "min", "Greater"), (2, "max", "Less")):

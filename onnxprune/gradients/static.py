@@ -1,4 +1,4 @@
-"""A graph at one size of its inputs: every shape is known, and what depends on sizes alone is a constant."""
+"""A graph at one size of its inputs: every shape is known, and tensors that depend on sizes alone are constants."""
 
 from __future__ import annotations
 

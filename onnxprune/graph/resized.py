@@ -1,4 +1,4 @@
-"""Inputs and outputs of a model that may lose channels, and the record of what a pruned model has lost of them.
+"""Inputs and outputs of a model that may lose channels, and the record of their removed channels.
 
 The record is a property of the model (``metadata_props``), so that whoever runs the file can gather the entries that
 remain from arrays of full size: a session does it for its inputs, a comparison for the outputs of the original.
@@ -88,7 +88,7 @@ class Stage:
     steps: Steps
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether a tensor of that shape still has what the removal takes."""
+        """Return whether a tensor of that shape still has the removed channels."""
         return all(axis < len(shape) and shape[axis] == size for axis, size in self.sizes.items())
 
     def applied(self, array: Array) -> Array:
@@ -114,7 +114,7 @@ def fitted(resized: Resized, arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def resized_of(model: onnx.ModelProto) -> Resized:
-    """Return what a model records of its inputs and outputs."""
+    """Return the record of a model on its inputs and outputs."""
     return read({p.key: p.value for p in model.metadata_props})
 
 
@@ -124,7 +124,7 @@ def text_of(model: onnx.ModelProto) -> str:
 
 
 def read(properties: Mapping[str, str]) -> Resized:
-    """Return what the properties of a model record; nothing where they record nothing that can be read."""
+    """Return the record in the properties of a model; empty where there is none that can be read."""
     text = properties.get(KEY)
     if not text:
         return {}
@@ -140,7 +140,7 @@ def _stage(item: Mapping[str, Any]) -> Stage:
 
 
 def record(model: onnx.ModelProto, stages: Mapping[str, Stage]) -> None:
-    """Add removals to what a model records; of inputs and outputs that it lacks, nothing stays recorded."""
+    """Add removals to the record of a model; of inputs and outputs that it lacks, nothing stays recorded."""
     if not stages:
         return
     present = {value.name for value in (*model.graph.input, *model.graph.output)}

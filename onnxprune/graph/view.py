@@ -318,7 +318,7 @@ class GraphEditor:
             consumers[name] = sorted([*consumers.get(name, ()), (node, position)], key=_place)
 
     def replace_nodes(self, replacements: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
-        """Put other nodes in the place of some; the view does not follow, and is made anew by who reads on.
+        """Put other nodes in the place of some; the view does not follow: callers make a new one.
 
         Args:
             replacements: new nodes, by the first output of the one whose place they take.

@@ -143,7 +143,7 @@ class Means(Statistic):
     Subclasses compute what one batch adds to the sums; the sums are kept in float64.
 
     Attributes:
-        additive: a batch adds what its samples add one by one, so that batches may be joined.
+        additive: a batch adds the same as its samples one by one, so that batches may be joined.
         tells: NaN and infinity in the maps always show in the sums, so that the maps need not be scanned for them.
     """
 
@@ -521,7 +521,7 @@ class Nuclear(Means):
     """``nuclear`` [channels]: sum of singular values of a channel's maps in a batch, a matrix [samples, positions].
 
     Mean over batches, weighted by their samples: sum_b n_b ||X_cb||_* / sum_b n_b. The value grows with the size of a
-    batch, so compare only what was measured in batches of one size.
+    batch, so compare only results from batches of one size.
     Yeom et al., Toward Compact Deep Neural Networks via Energy-Aware Pruning, 2021.
     """
 

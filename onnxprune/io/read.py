@@ -249,7 +249,7 @@ def _undefined_error(node: NodeProto, name: str, graph: GraphProto) -> ModelErro
         )
     return Unsorted(
         f"{_label(node)} reads {name!r} before {_label(maker)} makes it: the two wait for each other",
-        hint="Every node must read what earlier ones make. The file is damaged; export the model again.",
+        hint="Nodes must read outputs of earlier nodes. The file is damaged; export the model again.",
     )
 
 

@@ -164,7 +164,7 @@ class Atoms:
     def rows_of(self, label: Label) -> Label:
         """Return the grid's rows as atoms of their own: a row atom is removed exactly when all cells of its row are.
 
-        Rows with the same cells, in whatever order and tensor, share one row atom; a row that repeats one atom has that
+        Rows with the same cells, in any order and tensor, share one row atom; a row that repeats one atom has that
         atom. Shape: the label's with size 1 on its pack axis.
         """
         ids, pack = label.ids, label.pack

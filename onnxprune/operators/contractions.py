@@ -339,7 +339,7 @@ class Windows(Form):
 
     @property
     def is_uniform(self) -> bool:
-        """Return whether no window reaches beyond the data, at whatever size."""
+        """Return whether no window reaches beyond the data, at any size."""
         if isinstance(self.pads, str):
             return self.pads == "VALID" or self.taps == 1
         return not any(self.pads)

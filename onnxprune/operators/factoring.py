@@ -232,7 +232,7 @@ class Product(Factoring):
         replacement.copy("out", second, node.outputs, **({transposed: None} if has else {}))
 
     def addends(self, replacement: Replacement) -> list[str]:
-        """Return what the first product adds: nothing, unless the operator has to."""
+        """Return the addend of the first product: none, unless the operator needs one."""
         return []
 
 

@@ -406,7 +406,7 @@ class Split(Rule):
 
 
 Bounds = tuple[int, "int | None", "int | None", "int | None"]
-"""(axis, start, end, step) of a sliced axis, None for what follows the size of an input."""
+"""(axis, start, end, step) of a sliced axis, None where it follows the size of an input."""
 
 
 class Slice(Rule):

@@ -455,7 +455,7 @@ class Rule:
         return node.outputs[0]
 
     def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
-        """Return what computes the same results where some addends are 0; None where nothing simpler does.
+        """Return a simpler node with the same results where some addends are 0; None where there is none.
 
         Args:
             node: the node.
@@ -625,7 +625,7 @@ def register_gradient(domain: str, *ops: str) -> Callable[[Gradient], Gradient]:
 
 
 def gradient_of(domain: str, op: str, version: int) -> Gradient | None:
-    """Return what emits the gradient of an operator; None where nothing is registered."""
+    """Return the emitter of an operator's gradient; None where nothing is registered."""
     import_module(GRADIENTS)
     rule = lookup(domain, op, version)
     return rule.gradient if type(rule).gradient is not Rule.gradient else _gradients.get((domain, op))

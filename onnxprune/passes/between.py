@@ -28,7 +28,7 @@ def train_pruned(
         passes: passes to run.
 
     Returns:
-        the analysis of the trained model, and what the trainings found out.
+        the analysis of the trained model, and facts of the trainings.
     """
     zeroed = _zeroed(analysis, removed)
     loaded = analysis.loaded

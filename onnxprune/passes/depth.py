@@ -1,4 +1,4 @@
-"""Depth: remove whole residual branches, chosen by what the outputs lose, and prove the removal."""
+"""Depth: remove whole residual branches, chosen by the loss of the outputs, and prove the removal."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Shortening:
         return "A branch is an addend that is computed from the other one and holds a layer: f(x) in y = x + f(x)."
 
     def select(self, amount: float) -> list[Branch]:
-        """Return the branches to remove, in the order of their removal; ``errors`` has what each costs."""
+        """Return the branches to remove, in the order of their removal; ``errors`` has the cost of each."""
         return list(self.sequence(self.num_to_remove(amount)))
 
     def sequence(self, number: int) -> Iterator[Branch]:

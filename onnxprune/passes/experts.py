@@ -354,7 +354,7 @@ def _opened(context: Context, loaded: Loaded, opened: Sequence[Opened]) -> Analy
 
 
 class _Scores:
-    """Scores of experts: one run of the original on a few samples shows what every mixture needs."""
+    """Scores of experts: one run of the original on a few samples gives the statistics of every mixture."""
 
     def __init__(self, work: _Work) -> None:
         self._work, self._graph = work, work.graph
@@ -400,7 +400,7 @@ class _Scores:
             return [{**feed, **run(session, feed)} for feed in self._feeds]
 
     def _of_terms(self, mixture: Mixture) -> list[float]:
-        """Return the mean norm of what every expert adds, over the tokens that it adds anything to."""
+        """Return the mean norm of every expert's addend, over the tokens that it adds anything to."""
         names = {term.tensor: term.expert for term in mixture.terms}
         total, uses = np.zeros(mixture.size), np.zeros(mixture.size)
         for feed in self._captured(list(names)):

@@ -475,7 +475,7 @@ class Training:
         return _Checkpoint(context.cache / f"{self.stage}-{name}.npz", data, self.parameters.vector)
 
     def key(self) -> list[Any]:
-        """Return what the state of the training belongs to, beside its settings."""
+        """Return the key of the training's state, beside its settings."""
         return [self.context.analysis.loaded.sha256]
 
     def judgement(self) -> Judgement:
@@ -504,7 +504,7 @@ class Training:
         return proto, {**weights, **changed}
 
     def facts(self, course: Course) -> Finetuning:
-        """Return what happened."""
+        """Return the facts of the training."""
         return Finetuning(
             steps=course.steps,
             seconds=course.seconds,

@@ -55,7 +55,7 @@ class Prune(Pass, Options):
         plan: a plan or its file, replayed instead of scoring.
         approximate: also prune through normalisations, which is not exact.
         between: passes to run between two of ``steps``, such as ``Finetune("1m")``, on the model at its full size with
-            what was chosen so far at 0; the next step scores the weights behind them. Empty: none.
+            units chosen so far at 0; the next step scores the weights behind them. Empty: none.
 
     Further arguments (``layers``, ``scope``, ``policy`` and so on) are those of
     :class:`onnxprune.allocation.settings.Options`; ``onnxprune.prune`` explains them.

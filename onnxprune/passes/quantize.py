@@ -52,7 +52,7 @@ class Quantize(Pass):
     """Quantize a model to 8 bits with the quantizer of onnxruntime.
 
     BatchNormalization is folded into the convolution in front of it. With data, weights are rounded column by column so
-    that the columns behind make up for what rounding changes, and biases take up the shift that is left. Weights that
+    that the columns behind compensate its errors, and biases take up the remaining shift. Weights that
     no 8-bit kernel reads are stored as codes and decoded when the model is loaded. Zeros stay 0.
 
     Args:
@@ -366,7 +366,7 @@ def _with_initializers(parts: ModelParts) -> tuple[onnx.ModelProto, dict[str, We
 
 
 def _as_before(proto: onnx.ModelProto, before: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the quantized model with what the original states of itself, and without what the quantizer added."""
+    """Return the quantized model with the metadata of the original, without additions of the quantizer."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):

@@ -1,4 +1,4 @@
-"""Recover: solve the weights of a pruned model so that its layers give what the original's give, from inputs alone."""
+"""Recover: solve the weights of a pruned model so that its layers reproduce the original outputs, from inputs alone."""
 
 from __future__ import annotations
 
@@ -617,7 +617,7 @@ def _so_far(repairs: Sequence[Repair], targets: RecoveryTargets) -> str:
 
 
 def _unfitted(targets: RecoveryTargets, repairs: Sequence[Repair]) -> dict[str, str]:
-    """Return the reasons of the layers that a recovery that ended early did not come to."""
+    """Return the reasons of the layers that a recovery did not reach before its early end."""
     listed = {r.layer for r in repairs} | targets.reasons.keys()
     return {a.node.label: _LATE for level in targets.levels for a in level if a.node.label not in listed}
 

@@ -71,7 +71,7 @@ class Regularize(Pass):
 
     Raises:
         UsageError: no data, fewer than 64 samples, an unknown kind, a value out of range, both a ratio and a strength,
-            or a model without what the kind penalises.
+            or a model without weights that the kind penalises.
         ModelError: no weight can be trained, or the model cannot be run as a training graph.
     """
 
@@ -205,7 +205,7 @@ class _Regularization(Training):
         return Judgement(judgement.fidelity, judgement.by_labels, _MISSING * self.penalty.missing)
 
     def key(self) -> list[Any]:
-        """Return what the state of the training belongs to, beside its settings."""
+        """Return the key of the training's state, beside its settings."""
         options = self.options
         settings = options.kind, options.ratio, options.strength, options.threshold, options.groups
         return [*Training.key(self), *settings]
@@ -216,7 +216,7 @@ class _Regularization(Training):
         return frozenset(item.weight for item in self.penalty.units.slices)
 
     def regularized(self, course: Course) -> Regularized:
-        """Return what happened."""
+        """Return the facts of the training."""
         assert self.penalty is not None
         vector, zeros = self.parameters.vector, self.penalty.num_zeros
         return Regularized(
@@ -281,7 +281,7 @@ def _slices(analysis: Analysis, owner: Ids, name: str, training: Training) -> li
 
 
 def weight_role(analysis: Analysis, node: Node, i: int, shape: Sequence[int], axes: Sequence[int]) -> str:
-    """Return what a weight does with the units that lie along some of its axes; empty where that is not known.
+    """Return the role of a weight for units along some of its axes; empty where it is not known.
 
     Args:
         analysis: analysis of the model.

@@ -148,7 +148,7 @@ class _Work:
             self.errors[layer.name] = error
 
     def train(self, model: Model, passes: Sequence[Pass]) -> list[Finetuning]:
-        """Run passes on the model as it is now, in which zeros stay 0; return what the trainings found out."""
+        """Run passes on the model as it is now, in which zeros stay 0; return the facts of the trainings."""
         locked = model.locked | {layer.source.root for layer in self.layers}
         present = model.with_parts(self.model.model(), as_pruned=model.as_pruned or model.parts, locked=locked)
         trained, facts = run_between(self.context, present, passes)
@@ -159,7 +159,7 @@ class _Work:
         return facts
 
     def _scorer(self) -> _Scorer:
-        """Capture what the criterion needs of the model as it is now."""
+        """Capture the statistics of the current model that the criterion needs."""
         grams: Mapping[str, InputGram] = {}
         gradients: Mapping[str, Real] = {}
         if self.criterion in ("wanda", "obs"):

@@ -168,7 +168,7 @@ def _named(tokens: Any) -> tuple[str | None, Any]:
 
 
 def read_tokens(source: Any) -> tuple[NDArray[np.int64], str]:
-    """Return ids as they are given, and what to call them.
+    """Return ids as they are given, and their name in messages.
 
     Args:
         source: a path of a text or JSON file, or ids.

@@ -70,7 +70,7 @@ class Workspace:
 
     @property
     def heavy(self) -> bool:
-        """Whether one copy of the weights is what memory has room for."""
+        """Whether memory has room for one copy of the weights only."""
         return self.loaded.size > _HEAVY
 
     @property

@@ -146,7 +146,7 @@ class StoreZeros(Pass):
 
 
 def _checked(record: SparsifiedLayer, layer: SparseLayer | None, weights: Mapping[str, Weight]) -> SparsifiedLayer:
-    """Return what a layer's weight holds now.
+    """Return the zeros of a layer's weight now.
 
     Raises:
         ValidationError: zeros are gone, or the pattern does not hold.

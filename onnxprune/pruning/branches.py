@@ -419,7 +419,7 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
 
 
 def _without_unread(model: onnx.ModelProto, graph: Graph, weights: dict[str, Weight]) -> Model:
-    """Remove what only removed nodes read, and the declared types of tensors that are no longer there."""
+    """Remove nodes that only removed nodes read, and the declared types of tensors that are no longer there."""
     read = {name for node in Graph.of(model, {}).nodes for name in reads(node)} | {o.name for o in model.graph.output}
     available = {o for node in model.graph.node for o in node.output} | read
     lost = {name for name in weights if name not in read and (name in graph.consumers or name in graph.captured)}

@@ -2,7 +2,7 @@
 
 A choice is a TopK over a router's scores, or a MoE operator. Experts are positions of the scores' axis: all axes
 labelled like them (columns of the router, rows of stacked weights) is cut like channels. An expert that is a branch of
-its own is a term of a sum that depends on one number of the choice, and goes as a term.
+its own is a term of a sum that depends on one number of the choice, and is removed as a term.
 
 The reference of the proof is the original whose scores of removed experts are minus infinity, in front of every softmax
 and every choice: they are never chosen, and have a share of 0.

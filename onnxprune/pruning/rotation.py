@@ -217,7 +217,7 @@ class _Walk:
         return stream
 
     def _settle(self) -> None:
-        """Decide what becomes of the constants; raises CannotTurn where two readers need different ones."""
+        """Decide the scales and shifts of the constants; raises CannotTurn where two readers need different ones."""
         stream = self._stream
         if stream.is_centred and (self._uncentred or self._root_mean_squares):
             reader = [*self._root_mean_squares, *self._uncentred][0]
@@ -324,7 +324,7 @@ class _Walk:
         return frame
 
     def _take(self, node: Node, tensors: tuple[str, ...], addend: str, axis: int, *, normalised: bool = True) -> None:
-        """Take second moments of what a node reads, unless another node reads the same."""
+        """Take second moments of the data of a node, unless another node reads the same."""
         rank = self._rank(tensors[0])
         axis %= rank
         if self._stream.places.get(tensors[0]) != (axis,):
@@ -373,7 +373,7 @@ class _Walk:
         self._pass(node, Frame(is_centred=bool(passed) and all(f.is_centred for f in passed)))
 
     def _read(self, node: Node, i: int, contracted: Sequence[set[int]]) -> None:
-        """Fold the scale and the shift of what a layer reads into its weight and bias."""
+        """Fold the scale and the shift of a layer's data into its weight and bias."""
         frame, places = self._frame(node.inputs[i]), self._stream.places
         if not frame.is_centred:
             self._uncentred.append(node.label)
@@ -681,7 +681,7 @@ class _Turning:
         return np.float32 if value is None else value.dtype
 
     def _shift(self, node: Node, position: int, shift: Vector) -> None:
-        """Add what a layer makes of a constant to its bias."""
+        """Add a layer's output for a constant to its bias."""
         weight = np.asarray(weight_of(self._graph, node.inputs[position]), np.float64)
         kind = self._type(node.inputs[position])
         if rule_of(node).slides:

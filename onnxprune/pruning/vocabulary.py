@@ -336,7 +336,7 @@ def with_front(
         parts: the model.
         inputs: its inputs of ids.
         facts: types of the original's tensors.
-        values: what stands for each id.
+        values: replacement of each id.
         outputs: positions to pick, by name of the output.
     """
     front = _front(*parts, kinds_of(parts[0], facts))

@@ -179,7 +179,7 @@ class Screen:
 
     @property
     def name_width(self) -> int:
-        """Room for a node's name on a line of its own; tables fit names to what their figures leave by themselves."""
+        """Room for a node's name on a line of its own; tables fit names to the width beside their figures."""
         return max(18, self.out.width - 2) if self.out.is_terminal else WHOLE_NAME
 
     def show(self, *parts: RenderableType) -> None:

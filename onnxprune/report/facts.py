@@ -191,7 +191,7 @@ class OutputFidelity:
 class AnswerFidelity:
     """The fidelity of one answer of the final model: of an output, or of the boxes and scores of a detector together.
 
-    ``points``: 100 times the share of the original's answers that the final model still gives; ``lost`` says what went.
+    ``points``: 100 times the share of the original's answers that the final model still gives; ``lost``: the loss.
     ``distance``, 0 to 1, is what candidates of a search are compared by: of classes, of which a sample has one, the
     noise of the scores, since few samples resolve no small difference of counts; of all others the lost share.
     """
@@ -205,7 +205,7 @@ class AnswerFidelity:
 
 @dataclass(slots=True)
 class Fidelity:
-    """Fidelity of every output; ``source`` says what inputs were used (``synthetic`` or the data's path).
+    """Fidelity of every output; ``source``: the inputs that were used (``synthetic`` or the data's path).
 
     ``points``, 0 to 100, are those of the worst answer, because a model is used by all of its answers and a mean would
     hide a lost one; None where nothing was compared. States that return as inputs are no answers.
@@ -219,7 +219,7 @@ class Fidelity:
     answers: list[AnswerFidelity] = field(default_factory=list)
 
     def shortfall(self, least: float) -> str:
-        """Return what falls below a limit of fidelity, empty where nothing does.
+        """Return the figure below a limit of fidelity, empty where there is none.
 
         Args:
             least: a centred cosine that every output needs, 0 < least <= 1; or points, 1 < least <= 100.
@@ -377,7 +377,7 @@ class NodeTime:
 
 @dataclass(slots=True)
 class KindSteps:
-    """Nodes of one kind, and what one of them takes by the channels that it ``reads`` or ``makes``.
+    """Nodes of one kind, and the time of one by the channels that it ``reads`` or ``makes``.
 
     ``ms[i]`` is the time at ``channels[i]``, where of the others there are as many as in the original.
     """
@@ -651,8 +651,8 @@ class GroupLosses:
 class BudgetFacts:
     """The allocation for targets.
 
-    ``points`` is what ``what`` says, before and after. ``gap``: with costs linearised at the answer, no choice of
-    counts loses less than (1 - gap) of what this one does, by the losses it was chosen by. ``candidates`` are all
+    ``points``, named by ``what``, before and after. ``gap``: with costs linearised at the answer, no choice of
+    counts loses less than (1 - gap) of this one's loss, by the losses it was chosen by. ``candidates`` are all
     models that were evaluated, with their cost of the kind ``cost``; ``losses`` are those of the groups that counts
     were chosen by, from ``losses_by``.
     """
@@ -693,7 +693,7 @@ class SweepPoint:
 
 @dataclass(slots=True, repr=False)
 class SweepFacts:
-    """The models of a sweep, the original first; ``what`` says what points are, ``threads`` how times were taken."""
+    """The models of a sweep, the original first; ``what`` names the points; times were taken with ``threads``."""
 
     model: str
     what: str
@@ -779,7 +779,7 @@ class Report:
         return text
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the whole page, in a frame of its own so that styles stay inside."""
+        """Return the whole page for a notebook, in a frame of its own so that styles stay inside."""
         return f'<iframe srcdoc="{escape(self.to_html())}" style="width:100%;height:40em;border:0"></iframe>'
 
     def to_html(self, about: Mapping[str, Any] | None = None) -> str:
@@ -823,7 +823,7 @@ class Report:
         return None if self.fidelity is None else verdict_on(self.fidelity, self._next_step())
 
     def _next_step(self) -> str:
-        """Return what to do where real inputs show a loss, by what made the model."""
+        """Return advice for a loss on real inputs, by the command that made the model."""
         if self.smaller is not None and self.smaller.points >= DEGRADED:
             return Note(f"a smaller {argument('ratio')}: {self.smaller.ratio:g} keeps {self.smaller.points:.1f}")
         if not self.recovery.why:

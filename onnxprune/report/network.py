@@ -60,7 +60,7 @@ def _by_node(network: Network, layers: Sequence[Box]) -> dict[int, Box]:
 
 
 def _collapsed(network: Network, facts: Mapping[int, Box]) -> dict[int, list[int]]:
-    """Return the nodes to draw, layers and what joins several of them, each with the drawn nodes that it reads."""
+    """Return the nodes to draw, layers and nodes that join several of them, each with the drawn nodes that it reads."""
     ends: list[list[int]] = []
     drawn: dict[int, list[int]] = {}
     for i, node in enumerate(network.nodes):

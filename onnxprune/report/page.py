@@ -33,7 +33,7 @@ tr.best td { font-weight: bold; } .scroll { overflow-x: auto; }"""
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: its name, points (x, y, what is said where the pointer rests); ``line``: joined, else dots alone;
+    """One line: its name, points (x, y, text under the pointer); ``line``: joined, else dots alone;
     ``dashed``: broken, without dots."""
 
     name: str

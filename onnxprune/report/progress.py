@@ -70,7 +70,7 @@ class _RemainingTime(ProgressColumn):
 
 @contextmanager
 def bars(console: Console) -> Iterator[ProgressCallback]:
-    """Return a callback that draws one bar per stage, which are gone at the end."""
+    """Return a callback that draws one bar per stage; bars disappear at the end."""
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Reasons in plain words: why an atom is frozen, why a layer stays, and what the user can do."""
+"""Reasons in plain words: why an atom is frozen, why a layer stays, and advice for the user."""
 
 from __future__ import annotations
 

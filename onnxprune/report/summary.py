@@ -18,7 +18,7 @@ _LESS, _MORE = "bold green", "yellow"
 
 
 def summary(report: Report, *, name_width: int, spelled: Callable[[str], str] = str) -> list[RenderableType]:
-    """Render the summary: verdict, sizes, speed, fidelity, proof, recovery, and what was not pruned.
+    """Render the summary: verdict, sizes, speed, fidelity, proof, recovery, and the layers that were not pruned.
 
     Args:
         report: of pruning, factorizing or recovering a model.
@@ -106,7 +106,7 @@ def _quantized(report: Report) -> Iterator[Text]:
 
 
 def speed(facts: Latency) -> str:
-    """Return the measured speed in words: only what the interval says."""
+    """Return the measured speed in words, by its interval."""
     times = f"{facts.speedup:.2f}{numbers.TIMES}"
     interval = ""
     if facts.speedup_interval is not None:

@@ -192,7 +192,7 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Request:
-    """One statistic of one tensor. ``arrange`` turns the tensor's value into what ``statistic.update`` takes.
+    """One statistic of one tensor. ``arrange`` turns the tensor's value into the argument of ``statistic.update``.
 
     ``growth``: how many times larger that is (windows overlap); it is then done for a few samples at a time.
     ``joins``: values of several calls may be joined along their first axis, the statistic stays the same.

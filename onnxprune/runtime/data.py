@@ -460,7 +460,7 @@ class Samples:
 
     Inputs whose leading size the model fixes get batches of that size, and samples that fill none are dropped; all
     others get ``batch_size`` (16) samples at a time, any number will do for them, and the last batch may be short.
-    About one batch is in memory, besides what the source itself holds.
+    About one batch is in memory, besides the source's own arrays.
 
     Attributes:
         samples: number of samples per pass; None where it is known only after reading.
@@ -587,7 +587,7 @@ def open_data(
             has one). Axis 0 of every array is the samples; an array that lacks it is one sample. A model with one input
             takes arrays without a name; arrays that are no input are ignored beside those that are (labels). An
             iterable that gives a fresh iterator each time is iterated in every pass; of an iterator, and of a reader
-            without ``rewind``, the first pass keeps what it reads, beyond 64 MiB in a temporary file.
+            without ``rewind``, the first pass stores its samples, beyond 64 MiB in a temporary file.
         specs: inputs of the model.
         samples: exact number of samples to use, 1 or more; None: all. Required for an endless source.
         batch_size: samples per call where the model leaves that open, 1 or more; None: 16.

@@ -55,7 +55,7 @@ def explain_failures(
             raise
         raise ModelError(
             f"the model is not valid ONNX: {complaint}",
-            hint=f"Export it again, or mend it. (Here it ended in {type(error).__name__}: {_line(error)[:120]})",
+            hint=f"Export it again, or correct it. (Here it ended in {type(error).__name__}: {_line(error)[:120]})",
         ) from error
 
 

@@ -288,7 +288,7 @@ class SearchResult:
         best: the best of these, with its costs after recovery from all data.
         final: its evaluation.
         failure: description of the gate that it does not pass, empty for none.
-        tried: all candidates that were evaluated: the mask of what each removes, and its facts.
+        tried: all candidates that were evaluated: the mask of units each removes, and its facts.
         remarks: remarks on the search for the user.
     """
 
@@ -373,7 +373,7 @@ class Search:
         return dict(zip(_PARTS, (scores, measured, 3.0 * each, trials * each, final), strict=True))
 
     def _solving_seconds(self) -> float:
-        """Return about how long the criterion takes to find dependent channels, the cube of what each layer reads."""
+        """Return about how long the criterion takes to find dependent channels, the cube of each layer's inputs."""
         if "gram" not in needs_of(self.prune.score):
             return 0.0
         reads = [layer.params_before / max(layer.channels_before, 1) for layer in self.analysis.layers]

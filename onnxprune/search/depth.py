@@ -101,7 +101,7 @@ def _shortened(work: Shortening) -> list[Fact]:
 
 
 def _numbers(work: Shortening, targets: Sequence[Target], originals: Mapping[str, float]) -> list[int]:
-    """Return the numbers of branches to try: those that save some shares of what has to be saved."""
+    """Return the numbers of branches to try: those that save some shares of the required saving."""
     total_macs = max(originals["macs"], 1.0)
     min_saving = max(
         (1 - t.limit(originals[t.kind]) / originals[t.kind] for t in targets if t.kind in originals), default=0.5

@@ -1,4 +1,4 @@
-"""Fidelity of a model to its original: figures of single outputs, and points by what the outputs mean."""
+"""Fidelity of a model to its original: figures of single outputs, and points by the meaning of the outputs."""
 
 from onnxprune.runtime.fidelity.figures import are_probabilities, roots
 from onnxprune.runtime.fidelity.hints import hints_of

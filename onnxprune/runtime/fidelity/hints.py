@@ -20,7 +20,7 @@ _DEPTH = 24
 
 
 def hints_of(analysis: Analysis) -> dict[str, Hint]:
-    """Return what the graph shows of every output, by its name."""
+    """Return hints from the graph on every output, by its name."""
     names = [output.name for output in analysis.graph.proto.graph.output]
     pasts = {cache.present: cache.past for cache in find_caches(analysis.graph)}
     return {name: _hint(name, analysis, pasts.get(name, "")) for name in names}

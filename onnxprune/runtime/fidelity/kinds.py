@@ -176,7 +176,7 @@ def read_outputs(
     hints: Mapping[str, Hint],
     user_kinds: Mapping[str, tuple[str, int | None]],
 ) -> list[Reading]:
-    """Decide what each output of a model is.
+    """Decide the kind of each output of a model.
 
     Args:
         outputs: of the original, some batches.
@@ -223,7 +223,7 @@ def _counts_rows(name: str, values: Mapping[str, Array], detects: bool) -> bool:
 
 
 def _single(name: str, array: Array, inputs: Feed, hint: Hint, user_kind: tuple[str, int | None] | None) -> Reading:
-    """Decide what an output is that is no part of detections."""
+    """Decide the kind of an output that is no part of detections."""
     if user_kind is not None:
         axis = user_kind[1] if user_kind[1] is not None else _axis(array, inputs, hint)
         axis = axis + array.ndim if axis is not None and axis < 0 else axis

@@ -104,7 +104,7 @@ class ByWidth(Measure):
         return any(measure.is_coarse() for measure in self._measures.values())
 
     def lost(self) -> str:
-        """Say what the width lost that lost most."""
+        """Describe the loss of the width that lost most."""
         shares = {width: share for width, m in self._measures.items() if not math.isnan(share := m.share())}
         return self._measures[min(shares, key=shares.__getitem__)].lost() if shares else ""
 
@@ -553,7 +553,7 @@ def match_boxes(
 
 
 class Deviation(Measure):
-    """Numbers: 1 minus the size of the difference, relative to what the original adds to a trivial answer.
+    """Numbers: 1 minus the size of the difference, relative to the difference of the original from a trivial answer.
 
     The trivial answer is the mean of a channel, or the input itself where output and input are pictures or sounds of
     the same kind (enlarged where the output is larger).

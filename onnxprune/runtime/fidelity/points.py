@@ -43,7 +43,7 @@ class KnownOutputs:
         return self._by_inputs.get(_digest(feed)) if self._by_inputs else None
 
     def add(self, feed: Feed, outputs: Feed) -> None:
-        """Hold the outputs for these inputs, which nobody may change from now on, where there is room."""
+        """Hold the outputs for these inputs, which must not change from now on, where there is room."""
         size = sum(value.nbytes for value in outputs.values())
         if self._num_bytes + size > self._limit or any(value.dtype == object for value in outputs.values()):
             return
