@@ -16,7 +16,7 @@ from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import BudgetError, ModelError, ValidationError, argument
 from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph, Node
-from onnxprune.io.constants import placeholder
+from onnxprune.io.constants import has_bare_initializers, placeholder
 from onnxprune.io.read import load
 from onnxprune.io.weights import ArrayWeight, FileWeight, Weight
 from onnxprune.operators.contractions import Scale
@@ -127,7 +127,7 @@ def check_quantizable(model: Model, mode: str) -> bool:
             hint=f"Drop {argument('quantize')}: the pruned model stays quantized.",
         )
     opset, first = _opset(model.proto), _FIRST_OPSET[mode]
-    if opset < first or model.proto.ir_version < 4:
+    if opset < first or not has_bare_initializers(model.proto):
         what = f"opset {opset}" if opset < first else f"IR version {model.proto.ir_version}"
         least = f"opset {first}" if opset < first else "IR version 4"
         raise ModelError(

@@ -302,7 +302,11 @@ def compare_models(
     floors = noise_floors(reference, feeds[:2], threads=threads)
     _widen(outputs, max(floors.values(), default=0.0), rounding.quantized)
     comparison = _verdict(outputs, batches)
-    uncertain = [x for x in comparison.failed if outputs[x].error <= _FLOOR_FACTOR * floors.get(x, 0.0)]
+    uncertain = [
+        name
+        for name in comparison.failed
+        if not outputs[name].differing and 0 < outputs[name].error <= _FLOOR_FACTOR * floors.get(name, 0.0)
+    ]
     return comparison._replace(uncertain=tuple(uncertain))
 
 

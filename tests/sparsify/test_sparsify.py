@@ -172,7 +172,8 @@ def test_recovery_and_training_keep_zeros(steps: dict[str, Any]) -> None:
     before = op.sparsify(plain(), ratio=0.8, data=samples(), recover="none", **steps, **ALIVE).report
     result = op.sparsify(plain(), ratio=0.8, data=samples(), finetune=2, **steps, **ALIVE)
     assert result.report.fidelity.outputs[0].snr_db > before.fidelity.outputs[0].snr_db + 1
-    assert sum(r.done for r in result.report.repairs) > 2 and result.report.finetuning.steps == 2
+    assert sum(r.done for r in result.report.repairs) > 2
+    assert result.report.finetuning.steps == (2 if steps["steps"] == 1 else 1)  # half of them are between the steps
     for one, other in zip(before.sparsified, result.report.sparsified, strict=True):
         assert one.zeros == other.zeros and (not one.pattern or one.zeros == round(0.8 * one.elements))
 
