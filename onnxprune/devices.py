@@ -25,6 +25,11 @@ from onnxprune.plugins import Named
 
 __all__ = ["Kernels", "get", "names", "register", "this_machine", "unregister"]
 
+
+def __dir__() -> list[str]:
+    return [*__all__]
+
+
 ENTRY_POINT = "onnxprune.devices"
 
 

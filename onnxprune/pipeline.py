@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -611,7 +611,7 @@ class Model:
         return np.zeros(self.analysis.units.component.size, bool) if self.removed is None else self.removed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PassResult:
     """The result of a pass.
 
@@ -629,6 +629,9 @@ class PassResult:
     changed: bool = True
     original: Analysis | None = None
     rotations: tuple[PlanRotation, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<PassResult: {self.model!r}, {len(self.facts)} facts{', changed' if self.changed else ''}>"
 
 
 # -- passes ------------------------------------------------------------------------------------------------------------
@@ -852,6 +855,9 @@ class Pipeline:
     """
 
     def __init__(self, passes: Sequence[Pass | Callable[[Context, Model], PassResult] | str]) -> None:
+        if isinstance(passes, (str, type)) or not isinstance(passes, Iterable):
+            hint = "Give a list of passes, such as [Prune(ratio=0.3), Validate()]."
+            raise UsageError(f"A pipeline is a list of passes, but {passes!r} is given.", hint=hint)
         self.passes = [as_pass(stage) for stage in passes]
 
     def __repr__(self) -> str:

@@ -45,3 +45,7 @@ __all__ = [
     "unregister",
     "with_facts",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -294,9 +295,8 @@ class Tokens(Kind):
 
     def check(self, value: Any, name: str) -> Any:
         """Return the value; raises UsageError for anything else."""
-        from os import PathLike
-
-        if not isinstance(value, (str, PathLike, Iterable)) or (isinstance(value, str) and not value.strip()):
+        is_empty = isinstance(value, str) and not value.strip()
+        if is_empty or isinstance(value, type) or not isinstance(value, (str, os.PathLike, Iterable)):
             raise UsageError(f"{name}: {value!r} is not allowed", hint="Give a file of ids, a list of ids, or auto.")
         return value
 
@@ -311,16 +311,68 @@ class Text(Kind):
 
 
 class PathTo(Kind):
-    """A path of a file or folder."""
+    """A path of a file or folder.
 
-    def __init__(self, metavar: str, what: str = "a path") -> None:
-        self.metavar, self.allowed = metavar, what
+    Args:
+        metavar: the value in help texts.
+        what: description of what is allowed.
+        attribute: name of an attribute of the objects that Python may give in its place; empty: none.
+    """
+
+    def __init__(self, metavar: str, what: str = "a path", *, attribute: str = "") -> None:
+        self.metavar, self.allowed, self._attribute = metavar, what, attribute
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the path, or the object in its place; raises UsageError."""
+        is_object = bool(self._attribute) and hasattr(value, self._attribute) and not isinstance(value, type)
+        if not is_object and not isinstance(value, (str, os.PathLike)):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint=f"Give {self.allowed}.")
+        return value
 
     def parse(self, text: str, name: str) -> Any:
         """Parse the path."""
         from pathlib import Path
 
         return Path(text)
+
+
+class Inputs(PathTo):
+    """Data: what yields them is asked when they are read."""
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the value."""
+        return value
+
+
+class Conversion(Kind):
+    """How images become arrays."""
+
+    allowed = "an `onnxprune.ImageOptions`"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked conversion; raises UsageError."""
+        if isinstance(value, type) or not hasattr(value, "std"):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint="Give an onnxprune.ImageOptions(...).")
+        return value
+
+
+class Stages(Kind):
+    """Passes, in order."""
+
+    allowed = "a list of passes"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked passes; raises UsageError."""
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise UsageError(f"{name}: {value!r} is no list of passes", hint="Give a list of passes: [Finetune(100)].")
+        stages = list(value)
+        for stage in stages:
+            if isinstance(stage, type):
+                word = stage.__name__
+                raise UsageError(f"{name}: {word} is a class, expected an instance", hint=f"Write {word}().")
+            if not hasattr(stage, "requires"):
+                raise UsageError(f"{name}: {stage!r} is not a pass", hint="Give a list of passes: [Finetune(100)].")
+        return value
 
 
 class Paths(PathTo):
@@ -406,6 +458,20 @@ class Shapes(PerName):
     metavar, form = "NAME=N,C,...", "NAME=SIZES"
     allowed = "{input: sizes}"
 
+    def check(self, value: Any, name: str) -> Mapping[str, Sequence[int]]:
+        """Return the checked shapes; raises UsageError."""
+        hint = "Give {input: sizes}, for example {'images': (2, 3, 224, 224)}."
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{name}: {value!r} is not allowed", hint=hint)
+        for key, sizes in value.items():
+            where = argument("input_shapes", key=str(key))
+            if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+                raise UsageError(f"{where}: {sizes!r} is no list of sizes", hint=hint)
+            wrong = next((size for size in sizes if not hasattr(size, "__index__") or isinstance(size, bool)), None)
+            if wrong is not None:
+                raise UsageError(f"{where}: {wrong!r} is not a size; sizes are whole numbers from 1", hint=hint)
+        return value
+
     def hint(self, name: str) -> str:
         """Return a hint of what to give."""
         return f"Give the input's name and every size, for example {name} images=2,3,224,224."
@@ -464,6 +530,14 @@ class Ranks(PerName):
 
     metavar = form = "[PATTERN=]R[,R]"
     allowed = "a number, one per mode, or {pattern: either}"
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked ranks; raises UsageError."""
+        for ranks in value.values() if isinstance(value, Mapping) else (value,):
+            is_list = isinstance(ranks, Sequence) and not isinstance(ranks, (str, bytes))
+            if not all(hasattr(rank, "__index__") for rank in (ranks if is_list else (ranks,))):
+                raise UsageError(f"{name}: {ranks!r} is not a rank", hint=f"Give {self.allowed}.")
+        return value
 
     def parse(self, text: str, name: str) -> tuple[str, tuple[int, ...]]:
         """Parse a pattern and its ranks."""
@@ -1278,7 +1352,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "plan",
-        PathTo("FILE.json", "a plan or its file"),
+        PathTo("FILE.json", "a plan or its file", attribute="factorized"),
         "Remove the channels that this plan lists (prune by index).",
         {"prune": WHAT, "factorize": WHAT, "recover": PAIR},
         option="--apply-plan",
@@ -1344,7 +1418,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "sensitivity",
-        PathTo("FILE.json|measure", "a file of sensitivities, the result of `onnxprune.sensitivity`, or `measure`"),
+        PathTo(
+            "FILE.json|measure",
+            "a file of sensitivities, the result of `onnxprune.sensitivity`, or `measure`",
+            attribute="curves",
+        ),
         "Allocate by the measured sensitivity of each group as well: from a file of 'onnxprune sensitivity', or "
         "measured first (takes minutes; cached for later runs).",
         {"prune": COST},
@@ -1396,7 +1474,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "latency_table",
-        PathTo("FILE.json", "a table of times or its file"),
+        PathTo("FILE.json", "a table of times or its file", attribute="overhead"),
         "Layer times of another device, written there by 'onnxprune profile MODEL -o FILE.json'.",
         {"prune": COST},
         needs=Need(
@@ -1596,7 +1674,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "data",
-        PathTo("FILE|DIR", "a file, a folder, arrays, an iterable of these or a reader"),
+        Inputs("FILE|DIR", "a file, a folder, arrays, an iterable of these or a reader"),
         _inputs("for recovery and validation (default: no recovery, validation on seeded synthetic data)."),
         _RUN,
         variants={
@@ -1674,7 +1752,9 @@ SETTINGS: tuple[Setting, ...] = (
         needs=_DATA,
         into="images.scale",
     ),
-    Setting("images", Kind(), "Image preprocessing: `onnxprune.ImageOptions`.", dict.fromkeys(_RUN, ""), needs=_DATA),
+    Setting(
+        "images", Conversion(), "Image preprocessing: `onnxprune.ImageOptions`.", dict.fromkeys(_RUN, ""), needs=_DATA
+    ),
     Setting(
         "cache",
         PathTo("DIR", "a folder"),
@@ -1738,7 +1818,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "labels",
-        PathTo("FILE", "classes or values of the samples: an array, or a .npy or .npz file"),
+        Inputs("FILE", "classes or values of the samples: an array, or a .npy or .npz file"),
         f"Labels of {argument('data')}, one per sample: half of the loss of {argument('finetune')} is on them, and "
         "criteria of gradients take their loss.",
         {**dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER), "train": INPUT},
@@ -2132,8 +2212,23 @@ def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+_OF_PASSES: Mapping[str, Kind] = {
+    **{name: Patterns() for name in ("include", "exclude")},
+    **{name: Flag() for name in ("approximate", "check", "exact", "faithful", "keep_cache", "keep_ids", "trained")},
+    "between": Stages(),
+    "memory_limit": Bytes(),
+    "plan": PathTo("FILE.json", "a plan or its file", attribute="factorized"),
+    "rank": Ranks(),
+    "rate": Number(0, meaning="the rate of the training", open_low=True, example="0.001"),
+    "timed": FlagOr("layers"),
+    "tokenizer": PathTo("PATH", "a path of config.json, tokenizer.json or a folder with them"),
+    "tokens": Tokens(),
+}
+"""Types of arguments that mean the same in every pass; passes check what is a setting by its name in them."""
+
+
 def named_arguments(**renamed: str) -> Callable[[type[T]], type[T]]:
-    """Make a class compare misspelt arguments with all that it has, as a decorator.
+    """Make a class check its arguments, and compare misspelt ones with all that it has, as a decorator.
 
     Args:
         renamed: {former name: name} of arguments; a former name warns and is taken.
@@ -2153,7 +2248,10 @@ def named_arguments(**renamed: str) -> Callable[[type[T]], type[T]]:
                     )
                     value = kwargs.pop(former)
                     kwargs.setdefault(name, value)
-            _bound(cls.__name__, signature, args, kwargs)
+            for name, value in _bound(cls.__name__, signature, args, kwargs).arguments.items():
+                kind = _OF_PASSES.get(name)
+                if kind is not None and not (value is None and signature.parameters[name].default is None):
+                    kind.check(value, argument(name))
             construct(self, *args, **kwargs)
 
         cls.__init__ = init  # type: ignore[assignment, method-assign]

@@ -129,6 +129,8 @@ def targets(values: TargetInput, option: str = argument("target")) -> tuple[Targ
         values = [values]
     if isinstance(values, Mapping):
         values = [f"{kind}={value}" for kind, value in values.items()]
+    if not isinstance(values, Iterable):
+        raise UsageError(f"{option}: {values!r} is not allowed", hint="Give macs=0.5, or a list or mapping of these.")
     result: dict[str, Target] = {}
     for item in values:
         target = item if isinstance(item, Target) else parse(str(item), option)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
+from warnings import warn
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -138,6 +139,12 @@ class Pairwise(Form):
         """Return the data's axes by role."""
         left = self.terms[0]
         return "pairwise", tuple(left.index(c) for c in self.part_letters), self.axes, self.parts
+
+    @property
+    def made(self) -> str:
+        """Return ``output_letters`` (old name)."""
+        warn("Pairwise.made is called output_letters now.", DeprecationWarning, stacklevel=2)
+        return self.output_letters
 
     def _arrange(self, array: Array, term: str, groups: tuple[str, str, str]) -> Array:
         """Merge the axes of the operand into three."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from enum import Enum
+from enum import Enum, EnumMeta
 from importlib import import_module
 from math import prod
 from types import MappingProxyType
@@ -41,7 +41,17 @@ BUILT_IN, GRADIENTS = "onnxprune.operators.built_in", "onnxprune.gradients.built
 ENTRY_POINT = "onnxprune.rules"
 
 
-class Move(Enum):
+class _Renamed(EnumMeta):
+    """Enumeration with a former name of a member, which warns."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name == "SOME":
+            warn("Move.SOME is called Move.SELECT now.", DeprecationWarning, stacklevel=2)
+            return cls["SELECT"]
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+
+
+class Move(Enum, metaclass=_Renamed):
     """Effect on values of an operator that computes nothing: the location of input 0's values in its outputs."""
 
     SAME = "every value where it was"

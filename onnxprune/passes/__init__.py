@@ -71,6 +71,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return [*__all__]
+
+
 class _Ported(UsageError, AttributeError):
     """A name of the old contract of passes."""
 

@@ -31,7 +31,7 @@ from onnxprune.runtime.capture import count
 from onnxprune.runtime.compare import TOLERANCE
 from onnxprune.runtime.fidelity import are_probabilities, roots
 from onnxprune.runtime.sessions import Array, Feed, measures, open_session, run
-from onnxprune.settings import checked
+from onnxprune.settings import checked, named_arguments
 
 AUTO = "auto"
 # Samples per call of a measurement, branches to measure again before each removal, and seconds of a run: to load a
@@ -40,6 +40,7 @@ _CALL, _AGAIN = 8, 4
 _OPENED, _RUN = 0.1, 0.03
 
 
+@named_arguments()
 class Depth(Pass):
     """Remove residual branches: f(x) of sums y = x + f(x), one layer or a whole block.
 

@@ -39,12 +39,13 @@ from onnxprune.report.facts import Exactness, ExpertFacts, Fact, Pruned, Remark,
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.compare import TOLERANCE
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.settings import checked
+from onnxprune.settings import checked, named_arguments
 
 _CALL = 8
 _NEVER = -1e4  # a score that half precision has, too
 
 
+@named_arguments()
 class Experts(Pass):
     """Remove experts of every mixture: those that give least on the data.
 

@@ -32,7 +32,7 @@ from onnxprune.report.facts import Fact, Quantization, Remark
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.quantizer import PREPARED, operators_for, quantize_file
 from onnxprune.runtime.sessions import Feed, spread
-from onnxprune.settings import checked
+from onnxprune.settings import checked, named_arguments
 from onnxprune.sparsification.obs import inverse_factor, round_columns
 from onnxprune.sparsification.scores import InputGram
 
@@ -48,6 +48,7 @@ _RANGES = 512
 """Largest number of samples to find ranges of activations with."""
 
 
+@named_arguments()
 class Quantize(Pass):
     """Quantize a model to 8 bits with the quantizer of onnxruntime.
 

@@ -696,8 +696,8 @@ def _columns(shape: Sequence[int]) -> int:
 
 def check_mode(mode: str) -> str:
     """Check the mode; raises UsageError with the nearest name."""
-    if mode not in MODES:
-        raise UsageError(f"Unknown way to recover {mode!r}.", hint=nearest(mode, MODES))
+    if not isinstance(mode, str) or mode not in MODES:
+        raise UsageError(f"Unknown way to recover {mode!r}.", hint=nearest(str(mode), MODES))
     return mode
 
 

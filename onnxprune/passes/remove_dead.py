@@ -27,11 +27,13 @@ from onnxprune.pipeline import UNPRUNED, Context, Model, ModelParts, Pass, PassR
 from onnxprune.pruning.rewriting import CannotRewrite
 from onnxprune.recovery.targets import Layer, RecoveryTarget, layer_target
 from onnxprune.report.facts import DeadChannels, Fact, Settings
+from onnxprune.settings import named_arguments
 
 CRITERION = "dead"
 """Name of the choice in plans and reports."""
 
 
+@named_arguments()
 class RemoveDead(Pass):
     """Remove dead units: those that are 0, that nothing reads, or that are the same number for all inputs.
 

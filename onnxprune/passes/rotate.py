@@ -35,7 +35,7 @@ from onnxprune.runtime.compare import TOLERANCE, compare_models
 from onnxprune.runtime.inputs import synthetic
 from onnxprune.runtime.masks import counted_rows
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
-from onnxprune.settings import checked
+from onnxprune.settings import checked, named_arguments
 
 Moments = NDArray[np.float64]
 AUTO = "auto"
@@ -47,6 +47,7 @@ _LARGE = 1 << 30
 _CLOSE = 0.02
 
 
+@named_arguments()
 class Rotate(Pass):
     """Turn residual streams to the principal directions of the calibration data.
 

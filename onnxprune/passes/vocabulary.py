@@ -31,6 +31,7 @@ from onnxprune.report.facts import Exactness, Fact, Sizes, VocabularyFacts
 from onnxprune.runtime.compare import TOLERANCE
 from onnxprune.runtime.fidelity import KnownOutputs
 from onnxprune.runtime.sessions import Feed
+from onnxprune.settings import named_arguments
 
 AUTO = "auto"
 _SHOWN = 5
@@ -40,6 +41,7 @@ _CONFIGS = ("config.json", "generation_config.json", "genai_config.json", "token
 _FORM = "Give ids in a text file, separated by spaces or lines, or a JSON list, or a vocab.json {token: id}."
 
 
+@named_arguments()
 class Vocabulary(Pass):
     """Remove the tokens that are not used: rows of embeddings, and columns of logits.
 
@@ -65,9 +67,10 @@ class Vocabulary(Pass):
         *,
         keep_ids: bool = False,
         tokenizer: str | Path | None = None,
-        plan: Plan | None = None,
+        plan: Plan | str | Path | None = None,
         check: bool = True,
     ) -> None:
+        plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.tokens, self.keep_ids, self.check = tokens, keep_ids, check
         self.tokenizer = None if tokenizer is None else Path(tokenizer)
         self.replayed = None if plan is None else plan.vocabulary
@@ -279,7 +282,12 @@ def special_tokens(place: Path | None, size: int) -> dict[str, tuple[int, ...]]:
         )
     ids_by_name: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        data = files.read_json(path, "the configuration", "configuration of a model")
+        data = files.read_json(
+            path,
+            "the configuration",
+            "configuration of a model",
+            missing=f"Give {argument('tokenizer')} a config.json, a tokenizer.json or their folder.",
+        )
         sizes = [n for n in _values(data, re.compile("vocab_size")) if isinstance(n, int)]
         ids_by_name.update(
             _added(data) if isinstance(data, Mapping) and "added_tokens" in data else dict(_special(data))

@@ -16,6 +16,7 @@ from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.sparsify import scan_layers
 from onnxprune.pipeline import Context, Model, Pass, PassResult
 from onnxprune.report.facts import Fact, Remark, Sparsification, SparsifiedLayer, ZerosFacts
+from onnxprune.settings import named_arguments
 from onnxprune.sparsification.devices import DEVICES, advice
 from onnxprune.sparsification.layers import LayerScan, SparseLayer, find_layers
 from onnxprune.sparsification.patterns import UNSTRUCTURED, Mask, Pattern, named
@@ -27,6 +28,7 @@ _MOSTLY = 0.5
 _PIECE = 1 << 20
 
 
+@named_arguments()
 class LockZeros(Pass):
     """Keep the zeros of weights at 0 in the recoveries and trainings behind this pass.
 
@@ -105,6 +107,7 @@ def _pattern(layer: SparseLayer, zeros: Mask) -> str:
     return name if name != UNSTRUCTURED or alive.mean() >= _PATTERNED else ""
 
 
+@named_arguments()
 class StoreZeros(Pass):
     """Check that the zeros of a sparsification are still there, store them, and report their worth.
 
