@@ -140,11 +140,12 @@ class Pairwise(Form):
         left = self.terms[0]
         return "pairwise", tuple(left.index(c) for c in self.part_letters), self.axes, self.parts
 
-    @property
-    def made(self) -> str:
-        """Return ``output_letters`` (old name)."""
-        warn("Pairwise.made is called output_letters now.", DeprecationWarning, stacklevel=2)
-        return self.output_letters
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute by its former name, which warns."""
+        if name == "made":
+            warn("Pairwise.made is called output_letters now.", DeprecationWarning, stacklevel=2)
+            return self.output_letters
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _arrange(self, array: Array, term: str, groups: tuple[str, str, str]) -> Array:
         """Merge the axes of the operand into three."""
