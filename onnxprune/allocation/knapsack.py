@@ -243,6 +243,10 @@ def allocate(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
     round linearises costs as sums of the savings of single groups at the last counts, solves that knapsack, and
     compares the solution with the true costs; the limits of the next knapsack compensate for the difference. The best
     solution within the true limits is then improved by single steps, as long as one fits.
+
+    A mixed-integer program in place of the last round lowers the loss by 0.2 % in the mean (1.3 % at most) on 20 random
+    instances of 60 groups with 16 levels, in 0.3 s each on an idle machine (``tools/bench_allocation.py``); with little
+    time it is worse, so that it is not used.
     """
     levels = _start(choices, limits)
     if levels is None:

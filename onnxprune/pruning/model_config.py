@@ -126,9 +126,9 @@ class ModelConfig:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         hint = "Give the config.json or genai_config.json that came with the model."
-        wanted = f"Give {argument('model_config')} the config.json or genai_config.json that came with the model."
+        missing = f"Give {argument('model_config')} the config.json or genai_config.json that came with the model."
         self._data = files.read_json(
-            self.path, "the configuration", "configuration of a model", missing=wanted, hint=hint
+            self.path, "the configuration", "configuration of a model", missing=missing, hint=hint
         )
         self._entries = list(_entries(self._data)) if isinstance(self._data, dict) else []
         if not self._entries:
