@@ -43,6 +43,9 @@ UNSUPPORTED = (
     "is not a registered function/op",
     "support for models stamped with official released onnx opset versions",
     "Unsupported model IR version",
+    "Only 4b",  # MatMulNBits of other bits
+    "Unrecognized attribute: bits for operator GatherBlockQuantized",
+    "Type 'tensor(float)' of input parameter (tanh_3) of operator (QMoE)",
 )
 
 

@@ -363,6 +363,10 @@ def _with_initializers(parts: ModelParts) -> tuple[onnx.ModelProto, dict[str, We
             proto.graph.node.remove(node)
             proto.graph.initializer.append(placeholder(weight))
             weights[weight.name] = weight
+    # The quantizer of onnxruntime 1.22 transposes weights under their names, which shapes of theirs then contradict.
+    shapes = [x for x in proto.graph.value_info if x.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(shapes)
     return proto, weights
 
 

@@ -80,6 +80,7 @@ def test_zeros_of_a_sparse_model_are_zeros_of_the_quantized_one(mode: str, patte
     assert checked >= 2
 
 
+@pytest.mark.newest_runtime  # 1.22 gives other outputs from run to run
 @pytest.mark.parametrize("mode", ["dynamic", "qdq"])
 def test_a_quantized_model_is_smaller_and_answers_alike(mode: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
