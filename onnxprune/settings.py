@@ -245,46 +245,42 @@ class Share(Kind):
         )
 
 
-class BranchAmount(Kind):
-    """A number of branches, a share of them, or ``auto``."""
-
-    metavar = "N|R|auto"
-    allowed = "a whole number from 1, a share 0 < R < 1, or `auto`"
-
-    def check(self, value: Any, name: str) -> Any:
-        """Return the checked number (int) or share (float), or ``auto``; raises UsageError."""
-        if isinstance(value, str) and value.lower() == "auto":
-            return "auto"
-        if _is_whole(value) and value >= 1:
-            return int(value)
-        if _is_whole(value) or not _is_number(value) or not 0 < value < 1:
-            hint = "Give how many branches to remove, for example 2, or the share of all branches, for example 0.2."
-            raise UsageError(f"{name}: {value} is not allowed", hint=hint)
-        return float(value)
-
-    def parse(self, text: str, name: str) -> Any:
-        """Parse the number or share of a text."""
-        return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
-
-
-class Experts(Kind):
-    """A number of experts per mixture, or a share of them."""
+class CountOrShare(Kind):
+    """A number of units, or a share of all; ``hint`` says of which."""
 
     metavar = "N|R"
     allowed = "a whole number from 1, or a share 0 < R < 1"
+    hint = ""
 
     def check(self, value: Any, name: str) -> Any:
         """Return the checked number (int) or share (float); raises UsageError."""
         if _is_whole(value) and value >= 1:
             return int(value)
         if _is_whole(value) or not _is_number(value) or not 0 < value < 1:
-            hint = "Give how many experts to remove from every mixture, for example 2, or the share, for example 0.25."
-            raise UsageError(f"{name}: {value} is not allowed", hint=hint)
+            raise UsageError(f"{name}: {value} is not allowed", hint=self.hint)
         return float(value)
 
     def parse(self, text: str, name: str) -> Any:
         """Parse the number or share of a text."""
         return self.check(text if _number(text) is None else _number(text, as_integer=True), name)
+
+
+class BranchAmount(CountOrShare):
+    """A number of branches, a share of them, or ``auto``."""
+
+    metavar = "N|R|auto"
+    allowed = "a whole number from 1, a share 0 < R < 1, or `auto`"
+    hint = "Give how many branches to remove, for example 2, or the share of all branches, for example 0.2."
+
+    def check(self, value: Any, name: str) -> Any:
+        """Return the checked number (int) or share (float), or ``auto``; raises UsageError."""
+        return "auto" if isinstance(value, str) and value.lower() == "auto" else super().check(value, name)
+
+
+class Experts(CountOrShare):
+    """A number of experts per mixture, or a share of them."""
+
+    hint = "Give how many experts to remove from every mixture, for example 2, or the share, for example 0.25."
 
 
 class Tokens(Kind):

@@ -24,7 +24,7 @@ from onnxprune.graph.view import Graph, Node
 from onnxprune.io.interchange import ModelSource
 from onnxprune.io.read import Loaded, load
 from onnxprune.labels.atoms import Barrier, Reason
-from onnxprune.labels.label import Ids, Label
+from onnxprune.labels.label import Ids, Label, covering
 from onnxprune.operators.context import Opened, Table
 from onnxprune.operators.registry import rule_of
 from onnxprune.report.facts import LayerFacts, Network, NetworkNode
@@ -157,6 +157,27 @@ class Analysis:
         return f"<Analysis: {len(self.graph.steps)} nodes, {self.parameters:,} parameters, {free} prunable groups>"
 
     # -- for users -------------------------------------------------------------------------------------------------
+
+    def single_units(self, name: str, axis: int, several: str, tied: str) -> tuple[Ids | None, str]:
+        """Return the units along an axis of a tensor; None, and the reason, where they cannot go one by one.
+
+        Args:
+            name: tensor.
+            axis: axis of it, 0 or more.
+            several: reason where its positions have no single label.
+            tied: reason where two positions are one unit.
+        """
+        label = covering(self.table.get(name), axis)
+        if label is None or label.is_grid:
+            return None, several
+        components = self.units.component[label.ids.ravel()]
+        barriers = self.units.barrier_of[components]
+        if (barriers >= 0).any():
+            barrier = self.units.atoms.barriers[int(barriers[barriers >= 0][0])]
+            return None, f"{barrier.detail}{f' ({barrier.op} {barrier.node})' if barrier.node else ''}"
+        if np.unique(components).size < components.size:
+            return None, tied
+        return components, ""
 
     @cached_property
     def groups(self) -> list[GroupView]:

@@ -118,6 +118,24 @@ class PlanRotation:
         return values.reshape(self.size, self.size) if values.size == self.size**2 else values
 
 
+def check_model(of_plan: str, of_model: str, why: str = "") -> None:
+    """Check that a plan was made for a model.
+
+    Args:
+        of_plan: SHA-256 that the plan names; empty: it is for any model.
+        of_model: SHA-256 of the model's file.
+        why: sentence in front of the hint, with a space behind it.
+
+    Raises:
+        UsageError: the plan names another model.
+    """
+    if of_plan and of_plan != of_model:
+        raise UsageError(
+            f"The plan belongs to another model (SHA-256 {of_plan[:12]}..., this one is {of_model[:12]}...).",
+            hint=f"{why}Delete 'model_sha256' in the plan to apply it anyway.",
+        )
+
+
 @dataclass(slots=True, repr=False)
 class Plan:
     """A frozen decision for one model, named by the SHA-256 of its file.

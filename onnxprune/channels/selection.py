@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis, SlotView
 from onnxprune.channels.groups import Units
-from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
+from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot, check_model
 from onnxprune.errors import UsageError, nearest
 from onnxprune.labels.label import Ids, covering
 
@@ -83,13 +83,7 @@ def read_plan(analysis: Analysis, plan: Plan) -> tuple[Analysis, Mask]:
         UsageError: another model's plan, an unknown group or tensor, a position out of range or not removable, a share
             that the group's constraints do not allow.
     """
-    if plan.model_sha256 and plan.model_sha256 != analysis.loaded.sha256:
-        raise UsageError(
-            f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., "
-            f"this one is {analysis.loaded.sha256[:12]}...).",
-            hint="A plan lists positions, which differ between models. Delete 'model_sha256' in the plan to apply it "
-            "anyway.",
-        )
+    check_model(plan.model_sha256, analysis.loaded.sha256, "A plan lists positions, which differ between models. ")
     known = analysis.units.groups
     rows = [known[i.id] for i in plan.groups if 0 <= i.id < len(known) and known[i.id].kind == "heads"]
     if plan.reshape_axis == "heads":

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnxprune.factorization.layers import Layer
-from onnxprune.graph.view import Graph, GraphEditor, connect
+from onnxprune.graph.view import Graph, GraphEditor, connect, numbered_name
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.factoring import Description
 from onnxprune.operators.kernels import Array, Factor, Real
@@ -136,11 +136,7 @@ class _Writer:
 
     @staticmethod
     def _unused(used_names: set[str], stem: str, role: str) -> str:
-        name, k = f"{stem}{role}", 1
-        while name in used_names:
-            name, k = f"{stem}{role}_{k}", k + 1
-        used_names.add(name)
-        return name
+        return numbered_name(f"{stem}{role}", used_names)
 
     def drop(self, names: set[str]) -> None:
         """Remove unused constants: weights that were replaced, biases that were shifted."""

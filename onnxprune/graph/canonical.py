@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.facts import Facts
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import Graph, Node, numbered_name
 from onnxprune.io.constants import add_constant, has_bare_initializers, placeholder
 from onnxprune.io.elements import Array
 from onnxprune.io.weights import ArrayWeight, Weight
@@ -682,11 +682,7 @@ class _Build:
         return name
 
     def _name(self, stem: str) -> str:
-        name, k = stem, 1
-        while name in self._used_names:
-            name, k = f"{stem}_{k}", k + 1
-        self._used_names.add(name)
-        return name
+        return numbered_name(stem, self._used_names)
 
     def graph(self, hoists: Sequence[Hoist]) -> Graph:
         """Return the new graph; constants that only the replaced nodes read stay, since restoring may need them."""

@@ -272,6 +272,23 @@ def connect(node: onnx.NodeProto, position: int, name: str) -> None:
     node.input[position] = name
 
 
+def numbered_name(stem: str, names: set[str]) -> str:
+    """Return the stem, with a number where ``names`` has it; the result is added to them."""
+    name, number = stem, 1
+    while name in names:
+        name, number = f"{stem}_{number}", number + 1
+    names.add(name)
+    return name
+
+
+def underscored_name(stem: str, names: set[str]) -> str:
+    """Return the stem, with underscores while ``names`` has it; the result is added to them."""
+    while stem in names:
+        stem += "_"
+    names.add(stem)
+    return stem
+
+
 class GraphEditor:
     """Changes of a model in place: of its view, skeleton and weights together. Nothing else changes a view.
 

@@ -13,7 +13,7 @@ import onnx
 
 from onnxprune.allocation.settings import check, matches
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan, PlanBranch
+from onnxprune.channels.plan import Plan, PlanBranch, check_model
 from onnxprune.errors import BudgetError, ModelError, UsageError, argument, nearest
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import with_parts
@@ -140,13 +140,7 @@ class Shortening:
         Raises:
             UsageError: the plan is another model's, or lists a tensor in which no branch ends.
         """
-        digest = self.context.analysis.loaded.sha256
-        if plan.model_sha256 and plan.model_sha256 != digest:
-            raise UsageError(
-                f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., this one is "
-                f"{digest[:12]}...).",
-                hint="Delete 'model_sha256' in the plan to apply it anyway.",
-            )
+        check_model(plan.model_sha256, self.context.analysis.loaded.sha256)
         known = {branch.tensor: branch for branch in self.branches}
         for item in plan.branches:
             if item.tensor not in known:

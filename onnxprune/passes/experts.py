@@ -14,7 +14,7 @@ import onnx
 
 from onnxprune.allocation.settings import check, matches
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan, PlanExperts
+from onnxprune.channels.plan import Plan, PlanExperts, check_model
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, Note, UsageError, argument, nearest
 from onnxprune.graph.cost import constant_source
@@ -163,18 +163,8 @@ class _Work:
 
     def _components(self, mixture: Mixture) -> tuple[Ids | None, str]:
         """Return the units along the axis of the experts; None, and the reason, where they cannot go one by one."""
-        label = covering(self.analysis.table.get(mixture.scores), mixture.axis)
-        if label is None or label.is_grid:
-            return None, "its scores are not those of one layer"
-        units = self.analysis.units
-        components = units.component[label.ids.ravel()]
-        barriers = units.barrier_of[components]
-        if (barriers >= 0).any():
-            barrier = self.analysis.table.atoms.barriers[int(barriers[barriers >= 0][0])]
-            return None, f"{barrier.detail}{f' ({barrier.op} {barrier.node})' if barrier.node else ''}"
-        if np.unique(components).size < components.size:
-            return None, "several of its experts go together"
-        return components, ""
+        several, tied = "its scores are not those of one layer", "several of its experts go together"
+        return self.analysis.single_units(mixture.scores, mixture.axis, several, tied)
 
     def _stacks(self, components: Ids) -> list[tuple[str, int]]:
         """Return the weights that hold a matrix per expert, with the axis of the experts."""
@@ -207,13 +197,8 @@ class _Work:
 
     def of_plan(self, plan: Plan) -> Removed:
         """Return the experts that a plan lists; raises UsageError where they are none of this model's."""
-        digest, known = self.context.origin.loaded.sha256, {m.choice: m for m in self.mixtures}
-        if plan.model_sha256 and plan.model_sha256 != digest:
-            raise UsageError(
-                f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., this one is "
-                f"{digest[:12]}...).",
-                hint="Delete 'model_sha256' in the plan to apply it anyway.",
-            )
+        check_model(plan.model_sha256, self.context.origin.loaded.sha256)
+        known = {m.choice: m for m in self.mixtures}
         removed: Removed = []
         for item in plan.experts:
             mixture = known.get(item.choice)

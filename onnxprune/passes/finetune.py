@@ -514,7 +514,7 @@ class Training:
             trained=len(self.parameters.spans),
             frozen=dict(self.frozen),
             augmentation="" if self.augmentation is None else self.augmentation.name,
-            losses=[course.losses[0], float(np.mean(course.losses[-20:]))] if course.losses else [],
+            losses=course.ends,
             curve=course.curve,
             before=self.before,
             after=self.after or self.before,

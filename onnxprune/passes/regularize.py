@@ -231,7 +231,7 @@ class _Regularization(Training):
             units=int(self.penalty.penalized.sum()),
             zeros=zeros,
             density=float(np.count_nonzero(vector)) / max(vector.size, 1),
-            losses=[course.losses[0], float(np.mean(course.losses[-20:]))] if course.losses else [],
+            losses=course.ends,
             curve=course.curve,
             before=self.before,
             after=self.after or self.before,

@@ -14,7 +14,7 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.dead import DeadUnits, Fold, find_dead
 from onnxprune.channels.selection import make_plan, removed_atoms
 from onnxprune.garbage import paused
-from onnxprune.graph.view import Node
+from onnxprune.graph.view import Node, underscored_name
 from onnxprune.io.constants import add_constant
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble
@@ -198,15 +198,8 @@ def _with_additions(
         if name not in added:
             result.graph.node.append(node)
             continue
-        product, constant = (_unused(f"{name}_{suffix}", names) for suffix in ("product", "constant"))
+        product, constant = (underscored_name(f"{name}_{suffix}", names) for suffix in ("product", "constant"))
         node.output[0] = product
         result.graph.node.extend([node, onnx.helper.make_node("Add", [product, constant], [name], name=f"{name}_add")])
         add_constant(result, known, constant, added[name], behind=True)
     return result, known
-
-
-def _unused(stem: str, names: set[str]) -> str:
-    while stem in names:
-        stem += "_"
-    names.add(stem)
-    return stem

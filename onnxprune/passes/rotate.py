@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan, PlanRotation
+from onnxprune.channels.plan import Plan, PlanRotation, check_model
 from onnxprune.errors import BudgetError, ModelError, Note, UsageError, ValidationError, argument
 from onnxprune.graph.facts import Probe, integer_bounds
 from onnxprune.graph.probes import input_specs
@@ -107,13 +107,7 @@ class Rotate(Pass):
         self, context: Context, plan: Plan, streams: Sequence[Stream], reasons: Mapping[str, str]
     ) -> PassResult:
         """Repeat the rotations of a plan."""
-        digest = context.analysis.loaded.sha256
-        if plan.model_sha256 not in ("", digest):
-            raise UsageError(
-                f"The plan belongs to another model (SHA-256 {plan.model_sha256[:12]}..., this one is "
-                f"{digest[:12]}...).",
-                hint="Delete 'model_sha256' in the plan to apply it anyway.",
-            )
+        check_model(plan.model_sha256, context.analysis.loaded.sha256)
         turned = _turned(context, _streams_of(plan.rotations, streams, reasons), plan.rotations, by_plan=True)
         proof = prove_rotation(context, turned)
         return self._result(turned, plan.rotations, [Settings({"rotate": "by the plan"}), proof])

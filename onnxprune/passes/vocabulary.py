@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan, PlanVocabulary
+from onnxprune.channels.plan import Plan, PlanVocabulary, check_model
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.graph.view import Graph
@@ -20,7 +20,7 @@ from onnxprune.io import files
 from onnxprune.io.read import with_parts
 from onnxprune.io.subgraphs import outline_bodies
 from onnxprune.io.write import assemble
-from onnxprune.labels.label import Ids, covering
+from onnxprune.labels.label import Ids
 from onnxprune.passes.comparing import Pair, calls_of, compare_everywhere, kinds_of, rounding_of
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.workspace import Workspace
@@ -147,12 +147,7 @@ class Vocabulary(Pass):
 
     def _check_plan(self, context: Context, size: int) -> None:
         """Check that a plan's vocabulary is of this model; raises UsageError."""
-        digest = context.analysis.loaded.sha256
-        if self.digest and self.digest != digest:
-            raise UsageError(
-                f"The plan belongs to another model (SHA-256 {self.digest[:12]}..., this one is {digest[:12]}...).",
-                hint="Delete 'model_sha256' in the plan to apply it anyway.",
-            )
+        check_model(self.digest, context.analysis.loaded.sha256)
         if self.replayed is not None and self.replayed.size != size:
             raise UsageError(
                 f"The plan's vocabulary has {self.replayed.size:,} tokens, that of this model {size:,}.",
@@ -406,20 +401,9 @@ class _Work:
 
     def _components(self, name: str, axis: int) -> tuple[Ids | None, str]:
         """Return the units along an axis; None, and the reason, where they cannot go one by one."""
-        labels, rank = self.analysis.table.get(name), len(self.analysis.facts.shape(name) or ())
-        label = covering(labels, axis % rank)
-        if label is None or label.is_grid:
-            return None, "they are computed from several tensors"
-        units = self.analysis.units
-        components = units.component[label.ids.ravel()]
-        barriers = units.barrier_of[components]
-        if (barriers >= 0).any():
-            barrier = self.analysis.units.atoms.barriers[int(barriers[barriers >= 0][0])]
-            place = f" ({barrier.op} {barrier.node})" if barrier.node else ""
-            return None, f"{barrier.detail}{place}"
-        if np.unique(components).size < components.size:
-            return None, "several of them go together"
-        return components, ""
+        rank = len(self.analysis.facts.shape(name) or ())
+        several, tied = "they are computed from several tensors", "several of them go together"
+        return self.analysis.single_units(name, axis % rank, several, tied)
 
     def facts(self, kept_ids: Kept, special: Mapping[str, tuple[int, ...]], keep_ids: bool) -> VocabularyFacts:
         """Return the facts about the cut."""

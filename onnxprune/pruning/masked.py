@@ -393,10 +393,9 @@ class Witnesses:
             cut.graph.node.append(onnx.helper.make_node("Identity", [name], [output], name=output))
             for model in (reference, cut):
                 model.graph.output.append(onnx.ValueInfoProto(name=output))
-        for model in (reference, cut):
-            outputs = [x for x in model.graph.output if x.name not in without]
-            del model.graph.output[:]
-            model.graph.output.extend(outputs)
+        for graph in (reference.graph, cut.graph):
+            for output in [x for x in graph.output if x.name in without]:
+                graph.output.remove(output)
         return (reference, known), (cut, self._cut[1]), new
 
     @staticmethod

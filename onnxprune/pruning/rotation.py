@@ -25,7 +25,7 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group
 from onnxprune.graph.canonical import join_copies, weight_of
 from onnxprune.graph.restore import restore
-from onnxprune.graph.view import Node
+from onnxprune.graph.view import Node, numbered_name
 from onnxprune.io.constants import add_constant, placeholder, set_constant
 from onnxprune.io.elements import Array
 from onnxprune.io.weights import ArrayWeight, Weight
@@ -651,11 +651,7 @@ class _Turning:
         return proto
 
     def _name(self, stem: str) -> str:
-        name, number = stem, 1
-        while name in self._names:
-            name, number = f"{stem}_{number}", number + 1
-        self._names.add(name)
-        return name
+        return numbered_name(stem, self._names)
 
     def _constant(self, stem: str, value: Array) -> str:
         name = self._name(stem)

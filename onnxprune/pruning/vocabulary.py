@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxprune.errors import BudgetError, UsageError, argument, nearest
 from onnxprune.graph.facts import Facts
-from onnxprune.graph.view import Graph, Node
+from onnxprune.graph.view import Graph, Node, underscored_name
 from onnxprune.io import markers
 from onnxprune.io.constants import add_constant
 from onnxprune.io.weights import Weight
@@ -227,10 +227,7 @@ class _Front:
 
     def name(self, stem: str) -> str:
         """Return a name that nothing has."""
-        while stem in self.names:
-            stem += "_"
-        self.names.add(stem)
-        return stem
+        return underscored_name(stem, self.names)
 
     def gather(self, what: str, values: NDArray[np.int64], ids: str) -> str:
         """Look up ids in a list; the result has their type. Returns its name."""

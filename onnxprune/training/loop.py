@@ -66,6 +66,11 @@ class Course:
     best: int = 0
     stopped: str = ""
 
+    @property
+    def ends(self) -> list[float]:
+        """The first loss and the mean of the last 20; empty without steps."""
+        return [self.losses[0], float(np.mean(self.losses[-20:]))] if self.losses else []
+
 
 class Keeper(Protocol):
     """Where the state of a training is kept, so that one that was broken off goes on from there."""
