@@ -241,19 +241,20 @@ class Shortening:
         plan = Plan(loaded.sha256, branches=[PlanBranch(b.tensor, b.sum, self.keep_cache) for b in removed])
         return replace(Model.of(short), plan=plan)
 
+    def others(self, removed: Sequence[Branch] = ()) -> list[BranchFacts]:
+        """Return the facts about all branches that stay, with the reasons of those that may not go."""
+        names = {branch.tensor for branch in removed}
+        branches = [branch for branch in self.branches if branch.tensor not in names]
+        return [f for f in _facts_of_all(self.scan, branches, self.context.analysis) if f.name not in names]
+
     def result(self, removed: Sequence[Branch], settings: Mapping[str, Any]) -> tuple[Model, list[Fact]]:
         """Return the model without branches and the facts about it."""
         short = self.model(removed)
         original = self.context.analysis
-        records = [facts_of(branch, self.errors.get(branch.tensor), removed=True) for branch in removed]
+        records = [facts_of(branch, original, self.errors.get(branch.tensor), removed=True) for branch in removed]
         for facts, branch in zip(records, () if self.keep_cache else removed, strict=False):
             facts.cache = [name for cache in branch.caches for name in cache.names]
-        names = {branch.tensor for branch in removed}
-        records += [
-            facts_of(branch, None, removed=False, reason=self.reasons.get(branch.tensor, ""))
-            for branch in self.branches
-            if branch.tensor not in names
-        ]
+        records += self.others(removed)
         sizes = Sizes(
             params_before=original.parameters,
             params_after=short.num_parameters,
@@ -264,11 +265,39 @@ class Shortening:
         return short, [Settings(settings), Shortened(records), Pruned(layers, [], []), sizes]
 
 
-def facts_of(branch: Branch, error: float | None, *, removed: bool, reason: str = "") -> BranchFacts:
-    """Return the facts about a branch."""
-    layers = list(branch.layers)
+def residual_branches(analysis: Analysis) -> list[BranchFacts]:
+    """Return the facts about every residual branch of a model: those without a reason can be removed."""
+    scan = Branches(Graph.of(analysis.loaded.proto, analysis.loaded.weights), analysis.facts)
+    branches = scan.find()
+    return _facts_of_all(scan, branches, analysis)
+
+
+def _facts_of_all(scan: Branches, branches: Sequence[Branch], analysis: Analysis) -> list[BranchFacts]:
+    """Return the facts about branches that stay, and about addends that are none for a reason, in order of the sums."""
+    names = {branch.tensor for branch in branches}
+    fixed = [branch for name, branch in scan.fixed.items() if name not in names]
+    order = {node.label: node.index for node in scan.graph.nodes}
+    ordered = sorted([*branches, *fixed], key=lambda branch: order[branch.sum])
+    return [facts_of(b, analysis, None, removed=False, reason=scan.reasons.get(b.tensor, "")) for b in ordered]
+
+
+def facts_of(
+    branch: Branch, analysis: Analysis, error: float | None, *, removed: bool, reason: str = ""
+) -> BranchFacts:
+    """Return the facts about a branch of a model."""
+    macs = sum(layer.macs_before for layer in analysis.layers)
     return BranchFacts(
-        branch.tensor, branch.sum, branch.source, layers, branch.macs, branch.params, error, removed, reason
+        branch.tensor,
+        branch.sum,
+        branch.source,
+        list(branch.layers),
+        branch.macs,
+        branch.params,
+        error,
+        removed,
+        reason,
+        macs_share=branch.macs / macs if macs else 0.0,
+        params_share=branch.params / analysis.parameters if analysis.parameters else 0.0,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -70,24 +70,29 @@ class Branches:
 
     Attributes:
         reasons: why addends with layers of their own are no branches, by tensor.
+        fixed: these addends, with their layers.
     """
 
     def __init__(self, graph: Graph, facts: Facts) -> None:
         self.graph, self._facts = graph, facts
         self.reasons: dict[str, str] = {}
+        self.fixed: dict[str, Branch] = {}
+        self._sums: set[int] = set()
         self.caches = find_caches(graph)
         self._presents = {cache.present for cache in self.caches}
         self._aside = self._only_to_caches()
         self._opset = graph.opsets.get("", 1)
         names = [*graph.inputs, *(o for node in graph.nodes for o in node.outputs if o)]
         self._bits = {name: 1 << k for k, name in enumerate(dict.fromkeys(names))}
+        layers = (node for node in graph.nodes if cost.is_layer(node, graph))
+        self._of_layers = sum(self._bits[o] for node in layers for o in node.outputs if o)
         self._before: dict[str, int] = {}
         """The tensors that each one is computed from, itself and other results of its node included, as bits."""
         for node in graph.nodes:
             outputs = [o for o in node.outputs if o]
             bits = sum(self._bits[o] for o in outputs)
             for name in node.inputs:
-                bits |= 0 if self._is_known(name) else self._before.get(name, self._bits.get(name, 0))
+                bits |= 0 if self._is_known(name) else self._bits_before(name)
             self._before.update(dict.fromkeys(outputs, bits))
 
     def find(self) -> list[Branch]:
@@ -101,14 +106,16 @@ class Branches:
             branch = self._branch(node, i, [node.inputs[k] for k in positions if k != i])
             if branch is not None:
                 yield branch
+            if branch is not None or node.inputs[i] in self.fixed:
+                self._sums.add(node.index)
 
     def _branch(self, node: Node, i: int, others: Sequence[str]) -> Branch | None:
         """Return the branch that ends in input ``i`` of a node; None where that is none."""
         graph, tensor = self.graph, node.inputs[i]
         nodes = self._exclusive(node, i)
-        layers = [graph.nodes[n] for n in sorted(nodes) if cost.is_layer(graph.nodes[n], graph)]
-        macs = sum(int(cost.macs(layer, self._facts.shape)) for layer in layers)
-        if not macs or not self._have_common_source(nodes, others):
+        branch = self._described(node, i, others, nodes)
+        if not branch.macs or not self._have_common_source(nodes, others):
+            self._explain_shared(node, i, others, nodes)
             return None
         caches = tuple(cache for cache in self.caches if self._comes_from(cache.present, nodes))
         without = rule_of(node).without(node, {i}, self._opset)
@@ -122,12 +129,62 @@ class Branches:
         elif (why := self._why_cache_stays(caches, nodes)) is not None:
             self.reasons[tensor] = why
         else:
-            result = rule_of(node).total(node)
-            weights = tuple(_own_weights(graph, nodes))
-            params = sum(prod(graph.weights[w].shape) for w in weights)
-            labels = tuple(layer.label for layer in layers)
-            return Branch(tensor, node.label, source, result, nodes, labels, weights, macs, params, caches)
+            return replace(branch, source=source, caches=caches)
+        self.fixed[tensor] = branch
         return None
+
+    def _described(self, node: Node, i: int, others: Sequence[str], nodes: Collection[int]) -> Branch:
+        """Return nodes in front of input ``i`` of a node as a branch, with their layers and what these cost."""
+        graph = self.graph
+        layers = [graph.nodes[n] for n in sorted(nodes) if cost.is_layer(graph.nodes[n], graph)]
+        macs = sum(int(cost.macs(layer, self._facts.shape)) for layer in layers)
+        weights = tuple(_own_weights(graph, nodes))
+        params = sum(prod(graph.weights[w].shape) for w in weights)
+        labels, result = tuple(layer.label for layer in layers), rule_of(node).total(node)
+        return Branch(node.inputs[i], node.label, others[0], result, frozenset(nodes), labels, weights, macs, params)
+
+    def _explain_shared(self, node: Node, i: int, others: Sequence[str], exclusive: Collection[int]) -> None:
+        """Record why an addend with layers of its own cannot go alone: f(x) of x + f(x), and of g(x) + f(x)."""
+        tensor = node.inputs[i]
+        before, beside = self._bits_before(tensor), 0
+        for name in others:
+            beside |= self._bits_before(name)
+        is_beside = any(self._bits.get(name, 0) & before for name in others)
+        if not before & ~beside & self._of_layers or not before & beside:
+            return
+        nodes = self._nodes_of(before & ~beside)
+        branch = self._described(node, i, others, nodes)
+        if not branch.macs or not self._sums.isdisjoint(nodes.difference(exclusive)):
+            return  # no layer, or scores of attention and a mask, whose last common tensor lies far in front
+        if not is_beside and not beside & ~before & self._of_layers:
+            return
+        why = self._reader_beside(nodes, exclusive, (node.index, i))
+        if why is not None:
+            self.reasons[tensor], self.fixed[tensor] = why, branch
+
+    def _reader_beside(self, nodes: Collection[int], exclusive: Collection[int], edge: tuple[int, int]) -> str | None:
+        """Return what else needs a result of some nodes, the last of them that something else does need."""
+        graph, around = self.graph, self.graph.around
+        for index in sorted(set(nodes) - set(exclusive), reverse=True):
+            for name in filter(None, graph.nodes[index].outputs):
+                if around[index] != around[edge[0]] or graph.nodes[index].domain == markers.DOMAIN:
+                    return "it holds a body of If, Loop or Scan"
+                if name in graph.captured:
+                    return f"a body of If, Loop or Scan reads {name!r} in it"
+                if name in graph.outputs and name not in self._presents:
+                    return f"{name!r} in it is an output of the model"
+                for reader, k in graph.consumers.get(name, ()):
+                    if not self._goes(reader.index, k, nodes, edge):
+                        return f"{reader.op} {reader.label!r} reads {name!r} in it too"
+        return None
+
+    def _nodes_of(self, bits: int) -> set[int]:
+        """Return the nodes that compute some tensors."""
+        return {n.index for n in self.graph.nodes if any(o and self._bits[o] & bits for o in n.outputs)}
+
+    def _bits_before(self, name: str) -> int:
+        """Return a tensor and those that it is computed from, as bits."""
+        return self._before.get(name, self._bits.get(name, 0))
 
     def _why_cache_stays(self, caches: Sequence[Cache], nodes: Collection[int]) -> str | None:
         """Return why a cache cannot go with some nodes; None where all can."""
@@ -222,7 +279,7 @@ class Branches:
             producer = self.graph.producer.get(name)
             if (producer is None or producer.index not in nodes) and not self._is_known(name):
                 entries |= self._bits.get(name, 0)
-        return any(self._before.get(name, self._bits.get(name, 0)) & entries for name in others)
+        return any(self._bits_before(name) & entries for name in others)
 
 
 def _own_weights(graph: Graph, nodes: Collection[int]) -> Iterator[str]:

@@ -88,6 +88,8 @@ class BranchFacts:
     removed: bool = True
     reason: str = ""
     cache: list[str] = field(default_factory=list)
+    macs_share: float = 0.0
+    params_share: float = 0.0
 
 
 @dataclass(slots=True)

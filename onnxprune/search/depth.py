@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.calibration import TrialSplit
-from onnxprune.passes.depth import Shortening, facts_of, prove_branches
+from onnxprune.passes.depth import Shortening, prove_branches
 from onnxprune.passes.prune import Prune
 from onnxprune.pipeline import Context, Model
 from onnxprune.pruning.rewriting import CannotRewrite
@@ -97,7 +97,7 @@ def choose_depth(context: Context, model: Model, prune: Prune, spec: BudgetSpec,
 
 
 def _shortened(work: Shortening) -> list[Fact]:
-    return [Shortened([facts_of(branch, None, removed=False) for branch in work.branches])]
+    return [Shortened(work.others())]
 
 
 def _numbers(work: Shortening, targets: Sequence[Target], originals: Mapping[str, float]) -> list[int]:

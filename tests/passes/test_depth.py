@@ -22,6 +22,7 @@ from onnxprune.cli.main import main
 from onnxprune.errors import BudgetError, UsageError
 from onnxprune.graph.view import Graph
 from onnxprune.passes import Depth, Pipeline
+from onnxprune.passes.depth import residual_branches
 from onnxprune.pruning.branches import Branch, Branches
 
 
@@ -215,6 +216,25 @@ def test_sums_that_are_no_branches_are_left() -> None:
     narrow = net.reduce("ReduceMean", z, [2, 3])
     z = net.op("Add", narrow, net.op("Mul", net.conv(z, 4, 4), narrow))  # which is wider than what it is added to
     assert not branches(net.model(net.op("Relu", z), shared))
+
+
+def test_an_addend_that_looks_like_a_branch_has_a_reason() -> None:
+    """As the first attention, whose position biases all others read."""
+    net = Net()
+    x = net.linear(net.input("x", ["N", "T", 5]), 5, 8)
+    bias = net.linear(x, 8, 8)
+    x = net.op("Add", x, first := net.op("Mul", bias, net.linear(net.op("Tanh", bias), 8, 8)))
+    x = net.op("Add", x, second := net.op("Mul", bias, net.linear(x, 8, 8)))
+    x = net.op("Add", net.linear(x, 8, 8), third := net.op("Identity", net.linear(inner := net.linear(x, 8, 8), 8, 8)))
+    model = net.model(net.op("Relu", x), inner)
+    facts = {branch.name: branch for branch in residual_branches(Analysis(model))}
+    assert facts[second].reason == "" and facts[third].reason == f"{inner!r} in it is an output of the model"
+    assert facts[first].reason.startswith("Mul '/Mul_") and facts[first].reason.endswith(f" reads {bias!r} in it too")
+    assert len(facts[first].layers) == 2 and 0 < facts[first].macs_share < 1 and 0 < facts[first].params_share < 1
+    with pytest.raises(UsageError, match=r"reads .* in it too"):
+        without(model, first)
+    report = without(model, second).report
+    assert [branch.name for branch in report.branches if "in it" in branch.reason] == [first, third]
 
 
 @cache
