@@ -84,6 +84,7 @@ COMMANDS: dict[str, tuple[type | None, dict[str, tuple[str, str]]]] = {
         "barriers": ("list of [barrier](#barrier)", "why channels may not be removed"),
         "layers": ("list of [layer](#layerfacts)", "contractions; nothing is removed yet"),
         "unlocks": ("list of [text, number]", "operators without a rule, and how many channels a rule would free"),
+        "branches": ("list of [branch](#branchfacts)", "residual branches; those without a reason can be removed"),
         "sparsity": ("list of [zeros](#sparsityfacts)", "density and pattern of every weight of a layer"),
     }),
     "profile": (facts.Profile, {"table": ("text or null", "the table of times that was written")}),
@@ -241,8 +242,9 @@ MEANINGS = {
         "layers": "layers that go with it",
         "macs, params": "multiply-accumulates and parameters of these",
         "error": "change of the outputs when it was removed, a share of their variance; null where not measured",
+        "macs_share, params_share": "these as shares of the model's",
         "removed": "whether it was removed",
-        "reason": "why it may not go",
+        "reason": "why it may not go; empty where it may",
         "cache": "inputs and outputs of the model that went with it",
     },
     "FactorizedLayer": {

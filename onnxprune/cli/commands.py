@@ -522,6 +522,7 @@ MOST_GROUPS = 20
 def inspect(screen: Screen, options: CommandOptions) -> None:
     """List the groups that can be pruned, and the reasons for the others."""
     import onnxprune as op  # the heavy imports wait until the arguments are known to be good
+    from onnxprune.passes.depth import residual_branches
     from onnxprune.passes.sparsity import measure_sparsity
 
     model = existing(options.model, "model")
@@ -529,14 +530,15 @@ def inspect(screen: Screen, options: CommandOptions) -> None:
     with screen.progress() as progress:
         progress("analyze", 0.0)
         analysis = op.analyze(model, **arguments)
-        zeros = measure_sparsity(analysis)
+        zeros, branches = measure_sparsity(analysis), residual_branches(analysis)
         progress("analyze", 1.0)
     facts = {name: plain(getattr(analysis, name)) for name in ("groups", "barriers", "layers", "unlocks")}
     if screen.as_json:
         sums = {"bytes": model.stat().st_size, "parameters": analysis.parameters}
-        screen.emit({"model": str(model), **sums, **facts, "sparsity": plain(zeros)})
+        screen.emit({"model": str(model), **sums, **facts, "branches": plain(branches), "sparsity": plain(zeros)})
     width, list_all = screen.name_width, screen.verbosity > 0
-    shown = sparsity.inspected(zeros, name_width=width, list_all=list_all)
+    shown = tables.inspected_branches(branches, name_width=width, max_rows=None if list_all else MOST_GROUPS)
+    shown += sparsity.inspected(zeros, name_width=width, list_all=list_all)
     screen.show(_title(model, analysis), *_inspection_parts(screen, facts, analysis.layers), *shown)
 
 

@@ -432,6 +432,30 @@ def branches(facts: Sequence[BranchFacts]) -> list[RenderableType]:
     return [table, Text("")]
 
 
+def inspected_branches(facts: Sequence[BranchFacts], *, name_width: int, max_rows: int | None) -> list[RenderableType]:
+    """Return a table of the residual branches of a model: layers, shares of the work, why some may not go.
+
+    Args:
+        facts: of every branch.
+        name_width: room for names.
+        max_rows: how many to list; None for all.
+    """
+    if not facts:
+        return []
+    free = sum(not branch.reason for branch in facts)
+    parts: list[RenderableType] = [heading(f"Residual branches ({free} of {len(facts)} can be removed)")]
+    table = table_of(("branch", "left"), ("layers", "right"), ("params", "right"), ("MACs", "right"), ("", "left"))
+    shown = facts[:max_rows]
+    for name, branch in zip(numbers.readable([branch.name for branch in shown]), shown, strict=True):
+        shares = (f"{100 * share:.1f} %" for share in (branch.params_share, branch.macs_share))
+        style = "dim" if branch.reason else ""
+        table.add_row(numbers.shorten(name, name_width), str(len(branch.layers)), *shares, branch.reason, style=style)
+    parts.append(table)
+    if len(shown) < len(facts):
+        parts.append(Text(f"and {len(facts) - len(shown)} more (-v lists them)", style="dim"))
+    return parts
+
+
 def branch_fate(branch: BranchFacts) -> str:
     """Say whether a branch was removed, and the loss of the outputs, or why it stays."""
     if not branch.removed:

@@ -237,6 +237,18 @@ def test_an_addend_that_looks_like_a_branch_has_a_reason() -> None:
     assert [branch.name for branch in report.branches if "in it" in branch.reason] == [first, third]
 
 
+def test_inspect_lists_branches(tmp_path: Path) -> None:
+    model = made("convolutions")
+    onnx.save(model, tmp_path / "m.onnx")
+    run = CliRunner().invoke(main, ["inspect", str(tmp_path / "m.onnx"), "--json"])
+    listed = json.loads(run.stdout)["branches"]
+    assert [b["name"] for b in listed if not b["reason"]] == [branch.tensor for branch in branches(model)]
+    whole = sum(layer.macs_before for layer in op.analyze(model).layers)
+    assert all(b["macs_share"] == b["macs"] / whole and b["layers"] and not b["removed"] for b in listed)
+    run = CliRunner().invoke(main, ["inspect", str(tmp_path / "m.onnx")])
+    assert "Residual branches (9 of 9 can be removed)" in run.stdout
+
+
 @cache
 def trained() -> onnx.ModelProto:
     """Four blocks, of which the third adds next to nothing."""
