@@ -54,15 +54,23 @@ class Sizes:
     caches: list[Cache] = field(default_factory=list)
 
 
-def sizes_of(analysis: Analysis, shape: Shape, attributes: Mapping[str, Mapping[str, Any]] | None = None) -> Sizes:
+def sizes_of(
+    analysis: Analysis,
+    shape: Shape,
+    attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    known: Sequence[Cache] = (),
+) -> Sizes:
     """Read the sizes of a model.
 
     Args:
         analysis: analysis of the model.
         shape: maps a tensor's name to its shape at the first probe, after a removal.
         attributes: attributes of nodes after it, by their first output; None: those of the analysis.
+        known: caches of the original: one that a removed layer leaves as input and output is made by programs as ever.
     """
-    graph, sizes = analysis.graph, Sizes(caches=find_caches(analysis.graph))
+    graph = analysis.graph
+    ends = {*graph.inputs, *graph.outputs}
+    sizes = Sizes(caches=[cache for cache in known if ends.issuperset(cache.names)] or find_caches(graph))
     for node in graph.steps:
         output, rule = next((o for o in node.outputs if o), ""), rule_of(node)
         read = shape(node.inputs[0]) if node.inputs and node.inputs[0] else None
@@ -169,7 +177,8 @@ class ModelConfig:
             shape: maps a tensor's name to its shape after the removal.
             attributes: attributes of nodes after it, by their first output.
         """
-        before, after = sizes_of(original, original.facts.shape), sizes_of(result, shape, attributes)
+        before = sizes_of(original, original.facts.shape)
+        after = sizes_of(result, shape, attributes, before.caches)
         data = copy.deepcopy(self._data)
         notes: list[str] = []
         for block, key in _entries(data):

@@ -17,12 +17,14 @@ from onnx import TensorProto
 
 import onnxprune as op
 from onnxprune.channels.analysis import Analysis
-from onnxprune.channels.plan import Plan
+from onnxprune.channels.plan import Plan, PlanBranch
 from onnxprune.cli.main import main
 from onnxprune.errors import UsageError
 from onnxprune.graph.resized import KEY, Resizing, fitted, resized_of
+from onnxprune.graph.view import Graph
 from onnxprune.io.write import assemble
 from onnxprune.passes import Pipeline, Prune
+from onnxprune.pruning.branches import Branches
 from onnxprune.pruning.masked import masked_original
 
 MS = "com.microsoft"
@@ -254,6 +256,26 @@ def test_a_configuration_gets_the_new_sizes_beside_the_output(tmp_path: Path) ->
     assert heads == [KV, KV // 2] * 2
     expected = {"num_attention_heads": KV, "num_key_value_heads": KV // 2, "hidden_size": 8, "intermediate_size": 12}
     assert written == {**CONFIG, **expected}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", ["concat", "groups"])
+def test_a_removed_layer_does_not_count_any_more(tmp_path: Path, kind: str, keep: bool) -> None:
+    """A whole layer goes; where its cache stays, a program still has to make one for it, and counts it."""
+    heads = 2 * KV if kind == "groups" else KV
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_attention_heads": heads}))
+    model = decoder(kind)
+    onnx.save(model, tmp_path / "m.onnx")
+    analysis = Analysis(model)
+    found = Branches(Graph.of(analysis.loaded.proto, analysis.loaded.weights), analysis.facts).find()
+    plan = Plan(branches=[PlanBranch(branch.tensor, keep_cache=keep) for branch in found[2:]])
+    (tmp_path / "plan.json").write_text(plan.text())
+    command = ["m.onnx", "--apply-plan", "plan.json", "--no-validate", "--model-config", "config.json", "-o", "s.onnx"]
+    done = CliRunner().invoke(main, [str(tmp_path / word) if "." in word[1:] else word for word in command])
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "s.config.json").read_text())
+    assert written == {**CONFIG, "num_attention_heads": heads, "num_hidden_layers": 2 if keep else 1}
+    assert len(pasts_of(onnx.load(tmp_path / "s.onnx"))) == 2 * written["num_hidden_layers"]
 
 
 def test_sizes_that_differ_between_layers_are_lists(tmp_path: Path) -> None:
