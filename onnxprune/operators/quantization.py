@@ -5,7 +5,7 @@ Along the packed axis the smallest unit of pruning is a whole block: its codes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -25,7 +25,17 @@ from onnxprune.operators.convolution import Conv, window_settings
 from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import OverAxes
 from onnxprune.operators.operands import Values
-from onnxprune.operators.registry import InFloats, NewNode, NoRule, Read, Rule, Surroundings, register, with_facts
+from onnxprune.operators.registry import (
+    InFloats,
+    NewNode,
+    NoRule,
+    Read,
+    Rule,
+    Surroundings,
+    WithoutAddends,
+    register,
+    with_facts,
+)
 from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product, window_sizes
 
 _PER_CHANNEL = "a scale or zero point"
@@ -497,6 +507,35 @@ class QuantizedElementwise(Elementwise):
         return True
 
 
+class QuantizedSum(QuantizedElementwise):
+    """QLinearAdd: a, its scale and zero point, b, its scale and zero point, then those of the sum."""
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return both operands."""
+        return (0, 3)
+
+    def addend_zero(self, node: Node, i: int) -> str:
+        """Return the zero point of an operand."""
+        return node.inputs[i + 2]
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the other operand, in the codes of the sum."""
+        at, names = next(i for i in (0, 3) if i not in positions), [*node.inputs, "", ""][:8]
+        other, coding, result = names[at], names[at + 1 : at + 3], names[6:8]
+        if coding == result:
+            return WithoutAddends([], {node.outputs[0]: other})
+        if opset < 10 or not result[1]:
+            return None
+        decoded = f"{node.outputs[0]}_decoded"
+        return WithoutAddends(
+            [
+                NewNode("DequantizeLinear", [n for n in (other, *coding) if n], [decoded], f"{node.label}_decoded"),
+                NewNode("QuantizeLinear", [decoded, *result], [node.outputs[0]], node.name),
+            ],
+            {},
+        )
+
+
 class QuantizedConcat(Rule):
     """Concatenation of parts with their scales and zero points: y_scale, y_zero, then (data, scale, zero)..."""
 
@@ -591,7 +630,8 @@ register(
     rule=with_facts(IntegerMatMul(0, 1, {1: Settings(2, 3)}, columns=(2, 3, 4)), jumps=True),
 )
 register("com.microsoft", "MatMulIntegerToFloat", rule=IntegerMatMul(0, 1, _TO_FLOAT, rows=(2, 4), columns=(3, 5, 6)))
-register("com.microsoft", "QLinearAdd", "QLinearMul", rule=QuantizedElementwise([0, 3]))
+register("com.microsoft", "QLinearAdd", rule=QuantizedSum([0, 3]))
+register("com.microsoft", "QLinearMul", rule=QuantizedElementwise([0, 3]))
 register("com.microsoft", "QLinearSigmoid", "QLinearLeakyRelu", rule=QuantizedElementwise([0]))
 register("com.microsoft", "QLinearWhere", rule=QuantizedElementwise([0, 1, 4]))
 register("com.microsoft", "QLinearConcat", rule=QuantizedConcat())

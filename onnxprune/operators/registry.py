@@ -460,6 +460,10 @@ class Rule:
         """Return the positions of the inputs that enter the results by their sum alone; none by default."""
         return ()
 
+    def addend_zero(self, node: Node, i: int) -> str:
+        """Return the name of the code that stands for 0 in an addend (a zero point); empty where 0 itself does."""
+        return ""
+
     def total(self, node: Node) -> str:
         """Return the output that is the sum of the addends, or that is computed from it where none is."""
         return node.outputs[0]

@@ -510,9 +510,11 @@ def masked_branches(
         proto.CopyFrom(node.proto)
         for i in positions:
             name = node.inputs[i]
-            masked, zero = f"{name}__mask_out", f"{name}__mask_zero"
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT))
-            add_constant(model, new_weights, zero, np.zeros((), dtype))
+            masked, zero = f"{name}__mask_out", rule_of(node).addend_zero(node, i)
+            if not zero:
+                zero = f"{name}__mask_zero"
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT))
+                add_constant(model, new_weights, zero, np.zeros((), dtype))
             inputs, operator = [name, zero], "Mul"
             if graph.opsets.get("", 1) >= 9:
                 add_constant(model, new_weights, f"{name}__mask_keep", np.zeros((), np.bool_))

@@ -249,6 +249,31 @@ def test_inspect_lists_branches(tmp_path: Path) -> None:
     assert "Residual branches (9 of 9 can be removed)" in run.stdout
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_sums_of_codes_lose_branches(alike: bool) -> None:
+    """What is left is encoded anew, or is the sum itself where both have the same scale and zero point."""
+    net = Net(17)
+    zero = net.const(np.uint8(128), np.uint8)
+    scale, other = net.const(np.float32(0.05)), net.const(np.float32(0.05 if alike else 0.07))
+    x = net.op("QuantizeLinear", net.input("x", ["N", 4, 6, 6]), scale, zero)
+    kernel = net.const(net.rng.integers(-90, 90, (4, 4, 3, 3)), np.int8, "kernel")
+    small, signed = net.const(np.float32(0.01)), net.const(np.int8(0), np.int8)
+    f = net.op("QLinearConv", x, scale, zero, kernel, small, signed, scale, zero, pads=[1] * 4)
+    sums = [scale if alike else other, zero]
+    y = net.op("QLinearAdd", x, scale, zero, f, scale, zero, *sums, domain="com.microsoft")
+    y = net.op("DequantizeLinear", y, *sums)
+    model = net.model(y, check=False, shapes={y: ["N", 4, 6, 6]})
+    (branch,) = branches(model)
+    assert branch.tensor == f and branch.macs
+    result = without(model, f)
+    assert result.report.exactness.passed
+    kinds = [node.op_type for node in result.model.graph.node]
+    assert len(kinds) == (2 if alike else 4) and "QLinearConv" not in kinds
+    values = np.random.default_rng(0).standard_normal((3, 4, 6, 6)).astype(np.float32)
+    (have,) = outputs(result.model, {"x": values}, reference=False)
+    np.testing.assert_allclose(have, values.clip(-6.4, 6.35), atol=0.061)
+
+
 @cache
 def trained() -> onnx.ModelProto:
     """Four blocks, of which the third adds next to nothing."""
