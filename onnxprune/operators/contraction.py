@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from onnxprune.labels.label import Label, Labels
 from onnxprune.operators.context import Step
 from onnxprune.operators.contractions import Form, Pairwise
 from onnxprune.operators.factoring import Equation, MatrixProduct, Product
-from onnxprune.operators.registry import Read, Rule, register, with_facts
+from onnxprune.operators.registry import NewNode, Read, Rule, WithoutAddends, register, with_facts
 from onnxprune.operators.sizes import gemm_pairs, matmul_pairs, product
 
 
@@ -166,6 +166,21 @@ class Gemm(Rule):
 
     weights = (0, 1)
     multiplies = True
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return C, which is added to the product."""
+        return (2,)
+
+    def factors(self, node: Node) -> Sequence[int]:
+        """Return A and B."""
+        return (0, 1)
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the product alone; before opset 11, C was no option."""
+        if opset < 11 and not node.domain:
+            return None
+        product = NewNode(node.op, node.inputs[:2], node.outputs, node.name, node.domain, node.attrs)
+        return WithoutAddends([product], {})
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the summed sizes."""

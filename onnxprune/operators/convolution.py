@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from onnxprune.labels.label import Ids, Label, Labels, along, covering
 from onnxprune.operators.context import Cut, Step, override, owned
 from onnxprune.operators.contractions import Form, Transposed, Windows
 from onnxprune.operators.factoring import Convolution, TransposedConvolution
-from onnxprune.operators.registry import Read, Rule, register, with_facts
+from onnxprune.operators.registry import NewNode, Read, Rule, WithoutAddends, register, with_facts
 from onnxprune.operators.sizes import window_sizes
 
 
@@ -42,6 +42,21 @@ class Conv(Rule):
     ) -> None:
         self.data, self.weight, self.bias, self.per_output, self.addend = data, weight, bias, per_output, addend
         self.weights = (weight,)
+
+    def addends(self, node: Node) -> Sequence[int]:
+        """Return the input that is added to the result."""
+        return () if self.addend is None else (self.addend,)
+
+    def factors(self, node: Node) -> Sequence[int]:
+        """Return data and weight."""
+        return (self.data, self.weight)
+
+    def without(self, node: Node, positions: Collection[int], opset: int) -> WithoutAddends | None:
+        """Return the convolution alone, with its activation."""
+        inputs = ["" if i in positions else name for i, name in enumerate(node.inputs)]
+        while not inputs[-1]:
+            inputs.pop()
+        return WithoutAddends([NewNode(node.op, inputs, node.outputs, node.name, node.domain, node.attrs)], {})
 
     def agreements(self, node: Node, shapes: Sequence[Any], read: Read) -> Iterable[tuple[Any, Any]]:
         """Return the channels of the data and those that the kernel reads."""

@@ -460,6 +460,10 @@ class Rule:
         """Return the positions of the inputs that enter the results by their sum alone; none by default."""
         return ()
 
+    def factors(self, node: Node) -> Sequence[int]:
+        """Return the positions of the inputs whose product is one more addend, made by the node; none by default."""
+        return ()
+
     def addend_zero(self, node: Node, i: int) -> str:
         """Return the name of the code that stands for 0 in an addend (a zero point); empty where 0 itself does."""
         return ""

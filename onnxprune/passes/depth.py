@@ -389,7 +389,8 @@ class _Measure:
             outputs = {**feed, **next(self._outputs(proto, self._weights, [feed]))}
         except ModelError:
             return {}
-        return {b.tensor: 1.0 - _cosine(outputs[b.source], outputs[b.result]) for b in shown}
+        pairs = {b.tensor: (outputs[b.source], outputs[b.result]) for b in shown}
+        return {name: 1.0 - _cosine(one, total) for name, (one, total) in pairs.items() if one.shape == total.shape}
 
 
 def _cosine(one: Array, other: Array) -> float:

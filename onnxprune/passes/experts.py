@@ -252,6 +252,8 @@ class _Work:
         parts: ModelParts = loaded.proto, loaded.weights
         lost_terms = [t.tensor for m, experts in removed for t in m.terms if m.are_terms and t.expert in experts]
         for node in self.graph.steps if lost_terms else ():  # a sum of removed experts alone is a removed term, too
+            if rule_of(node).factors(node):
+                continue
             addends = [node.inputs[i] for i in rule_of(node).addends(node) if i < len(node.inputs)]
             lost_terms += [rule_of(node).total(node)] if addends and set(addends) <= set(lost_terms) else []
         if lost_terms:

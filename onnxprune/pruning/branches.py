@@ -35,7 +35,7 @@ class Branch:
     Attributes:
         tensor: the addend that it ends in, its name in plans.
         sum: label of the node that adds it.
-        source: tensor beside it in the sum.
+        source: tensor beside it in the sum; where a node adds it to a product of its own, an input of that.
         result: the sum.
         nodes: indices of the nodes that go with it.
         layers: labels of the layers among them.
@@ -102,8 +102,9 @@ class Branches:
     def _of_sum(self, node: Node) -> Iterator[Branch]:
         positions = [i for i in rule_of(node).addends(node) if i < len(node.inputs) and node.inputs[i]]
         positions = [i for i in positions if not self._is_known(node.inputs[i])]
-        for i in positions if len(positions) > 1 else ():
-            branch = self._branch(node, i, [node.inputs[k] for k in positions if k != i])
+        factors = [node.inputs[i] for i in rule_of(node).factors(node) if not self._is_known(node.inputs[i])]
+        for i in positions if len(positions) > 1 or factors else ():
+            branch = self._branch(node, i, [*(node.inputs[k] for k in positions if k != i), *factors])
             if branch is not None:
                 yield branch
             if branch is not None or node.inputs[i] in self.fixed:
@@ -119,7 +120,8 @@ class Branches:
             return None
         caches = tuple(cache for cache in self.caches if self._comes_from(cache.present, nodes))
         without = rule_of(node).without(node, {i}, self._opset)
-        source = next((name for name in others if self._has_shape_of_sum(node, name)), None)
+        is_product = bool(rule_of(node).factors(node))  # which has the shape of the sum
+        source = next((name for name in others if is_product or self._has_shape_of_sum(node, name)), None)
         if any(graph.nodes[n].domain == markers.DOMAIN for n in nodes):
             self.reasons[tensor] = "it holds a body of If, Loop or Scan"
         elif source is None:
@@ -332,7 +334,7 @@ class _Removal:
             addends = [i for i in rule_of(node).addends(node) if i < len(node.inputs) and node.inputs[i]]
             positions = {i for i in addends if node.inputs[i] in tensors}
             if positions:
-                removes_all = len(positions) == len(addends)
+                removes_all = len(positions) == len(addends) and not rule_of(node).factors(node)
                 self._reduced[node.index] = None if removes_all else rule_of(node).without(node, positions, opset)
         for reduced in self._reduced.values():
             for output, source in () if reduced is None else reduced.same.items():

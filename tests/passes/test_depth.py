@@ -249,6 +249,26 @@ def test_inspect_lists_branches(tmp_path: Path) -> None:
     assert "Residual branches (9 of 9 can be removed)" in run.stdout
 
 
+@pytest.mark.parametrize("kind", ["Gemm", "FusedGemm", "FusedConv"])
+def test_a_branch_that_a_layer_adds_to_its_product_goes(kind: str) -> None:
+    net, own = Net(17), {} if kind == "Gemm" else {"domain": "com.microsoft", "activation": "Relu"}
+    if kind == "FusedConv":
+        x = net.op("Relu", net.input("x", ["N", 4, 6, 6]))
+        branch = net.conv(net.op("Tanh", net.conv(x, 4, 6)), 6, 4)
+        y = net.op(kind, x, net.weight(4, 4, 3, 3), net.weight(4), branch, pads=[1] * 4, **own)
+    else:
+        x = net.op("Relu", net.input("x", ["N", 8]))
+        branch = mlp(net, x)
+        y = net.op(kind, x, net.weight(8, 8), branch, beta=0.5, alpha=2.0, **own)
+    z = net.op("Tanh", y)
+    model = net.model(z, check=False, shapes={z: ["N", 4, 6, 6] if kind == "FusedConv" else ["N", 8]})
+    assert [found.tensor for found in branches(model)] == [branch]
+    result = without(model, branch)
+    assert result.report.exactness.passed
+    assert [node.op_type for node in result.model.graph.node] == ["Relu", kind, "Tanh"]
+    assert_same(model, result.model, [branch], reference=kind == "Gemm")
+
+
 @pytest.mark.parametrize("alike", [False, True])
 def test_sums_of_codes_lose_branches(alike: bool) -> None:
     """What is left is encoded anew, or is the sum itself where both have the same scale and zero point."""
