@@ -829,6 +829,7 @@ def sparsify(
     scope: str = "local",
     steps: int = 1,
     schedule: str = "linear",
+    progressive: str = "none",
     remove_dead: bool = True,
     device: str | Kernels | None = None,
     storage: str = "dense",
@@ -878,6 +879,9 @@ def sparsify(
             their shares of their layers' scores.
         steps: number of rounds of scoring and setting zeros, 1 or more, with half of ``finetune`` between; 1.
         schedule: growth of the share of zeros over the steps: ``linear`` (default), ``exp``, ``cos``, ``cube``.
+        progressive: how blocks of a pattern NxM become 0 over 2 steps or more: ``weights``: half of their weights
+            first, those of the lowest scores; ``blocks``: half of them first, as smaller blocks; the
+            others one step later; ``none`` (default): all at once.
         remove_dead: remove units that lose all of their weights, see :class:`onnxprune.passes.RemoveDead`; not under
             N:M and blocks, which would then lie elsewhere; True.
         device: where the result is to run, for a warning where zeros in this pattern are worth nothing; None for this

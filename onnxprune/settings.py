@@ -1653,6 +1653,16 @@ SETTINGS: tuple[Setting, ...] = (
         conflicts=_BUDGET,
         variants={"sparsify": {"help": f"How the share of zeros grows over {argument('steps')}.", "conflicts": ()}},
     ),
+    Setting(
+        "progressive",
+        Word("none", "weights", "blocks"),
+        f"Blocks of a {argument('pattern')} such as 4x1 become 0 in two of the {argument('steps')}: first half of "
+        "their weights, by single scores (weights) or as smaller blocks (blocks), the others one step later.",
+        {"sparsify": AMOUNT},
+        "none",
+        bare="weights",
+        brief="Set blocks to 0 in halves, over the steps.",
+    ),
     # What is read
     Setting(
         "input_shapes",

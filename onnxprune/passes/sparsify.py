@@ -27,7 +27,7 @@ from onnxprune.settings import named_arguments
 from onnxprune.sparsification import scores as score
 from onnxprune.sparsification.layers import UNFIT, LayerScan, SparseLayer, find_layers
 from onnxprune.sparsification.obs import inverse_factor, prune_columns
-from onnxprune.sparsification.patterns import Pattern, Real
+from onnxprune.sparsification.patterns import LOCKED, Mask, Pattern, Real, part_of_blocks
 from onnxprune.sparsification.scores import GRADIENTS, InputGram
 from onnxprune.sparsification.settings import MAX_SHARE, Options, Request, request_of
 
@@ -49,7 +49,7 @@ class Sparsify(Pass, Options):
         between: passes to run between two of ``steps``, such as ``Finetune("1m")``, in which zeros stay 0. Empty: none.
 
     ``criterion`` (``obs`` with data, else ``magnitude``), ``ratio`` (0.5) or ``energy``, ``layers``, ``include``,
-    ``exclude``, ``scope``, ``steps`` and ``schedule`` are explained at
+    ``exclude``, ``scope``, ``steps``, ``schedule`` and ``progressive`` are explained at
     :class:`onnxprune.sparsification.settings.Options`.
 
     Raises:
@@ -76,7 +76,7 @@ class Sparsify(Pass, Options):
             work = _Work.prepare(context, model, self.request, criterion)
             trainings: list[Finetuning] = []
             for step in range(1, self.request.steps + 1):
-                work.run(self.request.progress(step))
+                work.run(step)
                 if step < self.request.steps and self.between:
                     trainings += work.train(model, self.between)
             parts = work.model.model()
@@ -112,6 +112,7 @@ class _Work:
     originals: dict[str, Real] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, Mask] = field(default_factory=dict)  # blocks of progressive masks
 
     @classmethod
     def prepare(cls, context: Context, current: Model, request: Request, criterion: str) -> _Work:
@@ -136,13 +137,20 @@ class _Work:
         before = {layer.name: int((layer.read(model.weights) == 0).sum()) for layer in scan.layers}
         return cls(context, current.analysis, request, criterion, model, scan, layers, reasons, before)
 
-    def run(self, progress: float) -> None:
-        """Score the weights as they are now, and set more of them to 0."""
+    def run(self, step: int) -> None:
+        """Score the weights as they are now, and set more of them to 0 in a step, counted from 1."""
+        progress = self.request.progress(step)
         pattern = self.request.shape.at(progress)
         scorer = self._scorer()
         counts = self._counts(pattern, progress, scorer)
         heavy = any(layer.shape[1] >= _WIDE for layer in self.layers)
-        new = spread(partial(self._sparse, pattern, scorer, counts), self.layers, heavy=heavy)
+        if self.request.finer is None:
+            change = partial(self._sparse, pattern, scorer, counts)
+        else:
+            is_last = step == self.request.steps
+            masks = {layer.name: self._on_the_way(scorer, counts[layer.name], layer, is_last) for layer in self.layers}
+            change = partial(self._masked, scorer, masks)
+        new = spread(change, self.layers, heavy=heavy)
         for layer, (matrix, error) in zip(self.layers, new, strict=True):
             layer.write(self.model.weights, matrix)
             self.errors[layer.name] = error
@@ -196,13 +204,42 @@ class _Work:
         }
         if request.energy is not None:
             keep = 1 - (1 - request.energy) * progress
-            return {a.name: score.blocks_by_energy(scorer.scores(a), pattern, keep) for a in self.layers}
+            return {a.name: score.blocks_by_energy(self._scores(scorer, a), pattern, keep) for a in self.layers}
         if request.scope == "global":
             competing = [layer for layer in self.layers if ratios[layer.name] is None]
-            scores = [scorer.scores(layer) for layer in competing]
+            scores = [self._scores(scorer, layer) for layer in competing]
             num_blocks = score.blocks_globally(scores, pattern, request.share * progress, MAX_SHARE) if scores else []
             counts |= dict(zip((layer.name for layer in competing), num_blocks, strict=True))
         return counts
+
+    def _scores(self, scorer: _Scorer, layer: SparseLayer) -> Real:
+        """Return the scores of a layer, under which blocks chosen before go first."""
+        scores = scorer.scores(layer)
+        chosen = self.chosen.get(layer.name)
+        return scores if chosen is None else np.where(chosen, LOCKED, scores)
+
+    def _on_the_way(self, scorer: _Scorer, count: int, layer: SparseLayer, is_last: bool) -> Mask:
+        """Choose blocks, and return the zeros of this step: blocks of earlier steps, and half of the new ones."""
+        finer = self.request.finer
+        assert finer is not None
+        matrix = layer.read(self.model.weights)
+        before = self.chosen.get(layer.name, np.zeros(matrix.shape, bool))
+        if is_last:
+            return before
+        scores = score.locked(self._scores(scorer, layer), matrix)
+        self.chosen[layer.name] = before | self.request.shape.zeros(scores, count)
+        return part_of_blocks(self.chosen[layer.name], before, scores, finer)
+
+    def _masked(self, scorer: _Scorer, masks: Mapping[str, Mask], layer: SparseLayer) -> tuple[Real, float]:
+        """Return a layer's matrix with zeros in a mask, and the share of its output's energy that is lost."""
+        matrix, gram = layer.read(self.model.weights), scorer.grams.get(layer.name)
+        zeros = masks[layer.name] | (matrix == 0)
+        new = np.where(zeros, 0.0, matrix)
+        if self.criterion == "obs" and gram is not None:
+            for k, part in enumerate(matrix):
+                new[k] = prune_columns(part, inverse_factor(scorer.part(layer, k)), Pattern(), 0, zeros[k])
+        start = self.originals.setdefault(layer.name, matrix)
+        return new, _error(start, new - start, None if gram is None else partial(scorer.part, layer))
 
     def _sparse(
         self, pattern: Pattern, scorer: _Scorer, counts: Mapping[str, int], layer: SparseLayer

@@ -71,6 +71,16 @@ class Pattern:
         return self.outputs * self.inputs
 
     @property
+    def halved(self) -> Pattern:
+        """Blocks of about half the size, which divide those of this pattern along their longer side."""
+        outputs, inputs = (
+            (_largest_part(self.outputs), self.inputs)
+            if self.outputs >= self.inputs
+            else (self.outputs, _largest_part(self.inputs))
+        )
+        return Pattern(outputs=outputs, inputs=inputs)
+
+    @property
     def width(self) -> int:
         """The number of contracted neighbours among which zeros are chosen together."""
         return self.group if self.nonzero else self.inputs
@@ -137,6 +147,25 @@ class Pattern:
         tiles = zeros.reshape(parts, n // self.inputs, self.inputs, o // self.outputs, self.outputs)
         counts = tiles.sum(axis=(2, 4))
         return bool(((counts == 0) | (counts == self.block)).all())
+
+
+def _largest_part(size: int) -> int:
+    """Return the largest divisor of a size below it; 1 of 1."""
+    return next((d for d in range(size // 2, 0, -1) if size % d == 0), 1)
+
+
+def part_of_blocks(chosen: Mask, complete: Mask, scores: Real, finer: Pattern) -> Mask:
+    """Return the zeros on the way to a mask of blocks: blocks chosen before, and half of the new ones.
+
+    Args:
+        chosen: the blocks chosen so far [parts, n, o].
+        complete: those of them that become 0 as a whole [parts, n, o].
+        scores: of single weights [parts, n, o].
+        finer: pattern of the half of the others, which divides the blocks.
+    """
+    new = chosen & ~complete
+    half = finer.zeros(np.where(new, scores, np.inf), int(new.sum()) // finer.block // 2)
+    return np.asarray(complete | half)
 
 
 def lowest(scores: Real, count: int) -> Mask:

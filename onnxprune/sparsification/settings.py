@@ -31,6 +31,8 @@ class Options:
         include, exclude: such globs: only layers with such a name become sparse, or none of them.
         scope: ``local``: the ratio holds for every layer; ``global``: the weights of all layers compete.
         steps, schedule: number of rounds of scoring, and how the share grows over them.
+        progressive: what blocks lose first, one step before the rest: half of their ``weights``, or smaller
+            ``blocks``; ``none``: they become 0 at once.
     """
 
     criterion: str | None = None
@@ -42,6 +44,7 @@ class Options:
     scope: str = "local"
     steps: int = 1
     schedule: str = "linear"
+    progressive: str = "none"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -78,6 +81,22 @@ class Request(Options):
             )
         if self.shape.ratio is not None:
             self._check_fixed(self.shape.ratio)
+        if self.finer is not None:
+            self._check_progressive()
+
+    def _check_progressive(self) -> None:
+        """Check that there are blocks and steps to set them to 0 in."""
+        name = argument("progressive", self.progressive)
+        if self.shape.block == 1:
+            raise UsageError(
+                f"{name} needs blocks, and {argument('pattern', self.pattern)} has none.",
+                hint=f"Give {argument('pattern', '4x1')} or other blocks NxM, or drop it.",
+            )
+        if self.steps == 1:
+            raise UsageError(
+                f"{name} needs 2 steps or more, and {argument('steps')} is 1.",
+                hint=f"Give {argument('steps', 4)}, or drop it.",
+            )
 
     def _check_fixed(self, fixed: float) -> None:
         """Check that nothing contradicts a pattern that sets the number of zeros."""
@@ -102,6 +121,11 @@ class Request(Options):
         return Pattern.of(self.pattern)
 
     @property
+    def finer(self) -> Pattern | None:
+        """The pattern of the weights that blocks lose first; None where they become 0 at once."""
+        return {"none": None, "weights": Pattern(), "blocks": self.shape.halved}[self.progressive]
+
+    @property
     def share(self) -> float:
         """The share of zeros where it is the same everywhere."""
         return self.shape.ratio or (RATIO if self.ratio is None else self.ratio)
@@ -124,9 +148,10 @@ class Request(Options):
 
     def progress(self, step: int) -> float:
         """Return the share of the zeros of the last step that are there behind a step, counted from 1."""
-        if step >= self.steps:
+        last = self.steps if self.finer is None else self.steps - 1  # the step after it sets the second halves to 0
+        if step >= last:
             return 1.0
-        return removed_share(self.share, self.schedule, step / self.steps) / self.share
+        return removed_share(self.share, self.schedule, step / last) / self.share
 
     def is_excluded(self, names: Sequence[str]) -> bool:
         """Return whether ``exclude`` or ``include`` leaves out a layer with these names."""
@@ -148,7 +173,8 @@ class Request(Options):
         settings: dict[str, Any] = {"pattern": self.pattern, "criterion": criterion, "scope": self.scope}
         settings |= {"energy": self.energy} if self.energy is not None else {"ratio": self.share}
         steps = {"steps": self.steps, "schedule": self.schedule} if self.steps > 1 else {}
-        return {**settings, **steps}
+        progressive = {} if self.finer is None else {"progressive": self.progressive}
+        return {**settings, **steps, **progressive}
 
 
 def request_of(pattern: str, options: Options) -> Request:

@@ -46,6 +46,45 @@ def test_weights_then_dead_neurons_then_training() -> None:
     assert result.report.totals.params_after < result.report.totals.params_before
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
+@pytest.mark.parametrize(("progressive", "finer"), [("weights", (1, 1)), ("blocks", (2, 1))])
+def test_progressive_masks_begin_blocks_and_complete_them(
+    progressive: str, finer: tuple[int, int], criterion: str
+) -> None:
+    """Of three steps, two choose blocks and set half of each choice to 0; every step completes those before."""
+    weights: list[dict[str, np.ndarray]] = []
+
+    class Look(op.passes.Pass):
+        def __call__(self, context: Any, model: Any) -> op.passes.PassResult:
+            weights.append({n: w.read() for n, w in model.weights.items() if len(w.shape) == 4})
+            return op.passes.PassResult(model, changed=False)
+
+    given: dict[str, Any] = {"ratio": 0.5, "include": ["*"], "criterion": criterion, "steps": 3}
+    sparse = op.passes.Sparsify("4x1", progressive=progressive, between=[Look(), op.passes.Finetune(2)], **given)
+    result = op.Pipeline([sparse]).run(net(), data=DATA)
+    assert result.report.settings["progressive"] == progressive
+    weights.append({t.name: onnx.numpy_helper.to_array(t) for t in result.model.graph.initializer})
+    layers = [x for x in result.report.sparsified if x.pattern and x.weight in weights[0]]
+    assert layers
+    for layer in layers:
+        one, two, last = (w[layer.weight] == 0 for w in weights)
+        assert (one <= two).all() and (two <= last).all()
+        assert last.sum() == round(layer.elements / 4 / 2) * 4
+        assert abs(int(one.sum()) - layer.elements / 8) <= 4 and one.sum() < two.sum() < last.sum()
+        blocks, parts = (z.reshape(-1, size, *z.shape[1:]).sum(axis=1) for z, size in ((last, 4), (one, finer[0])))
+        assert set(np.unique(blocks)) == {0, 4} and set(np.unique(parts)) == {0, finer[0]}
+        assert (one.reshape(-1, 4, *one.shape[1:]).sum(axis=1) % 4).any()  # blocks that are begun
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps", "message"),
+    [("unstructured", 2, "needs blocks"), ("2:4", 2, "needs blocks"), ("4x1", 1, "needs 2 steps or more")],
+)
+def test_progressive_masks_need_blocks_and_steps(pattern: str, steps: int, message: str) -> None:
+    with pytest.raises(op.UsageError, match=message):
+        op.sparsify(net(), pattern=pattern, steps=steps, progressive="weights")
+
+
 def test_zeros_of_early_steps_stay() -> None:
     kept: list[int] = []
 
