@@ -123,6 +123,7 @@ def prune(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     augment: str = "auto",
+    blocks: str = "no",
     pattern_lock: bool | None = None,
     quantize: str | None = None,
     memory_limit: int | None = None,
@@ -233,6 +234,8 @@ def prune(
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
         augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
             ``shift``, ``flip`` or ``none``.
+        blocks: whether ``finetune`` trains one block of the model after the other: ``no`` (default), ``yes``, or
+            ``auto``: with fewer than 512 samples both are tried, and the better one on the hold-out goes on.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
@@ -281,7 +284,7 @@ def prune(
         share = default("ratio") if ratio is None else ratio
         first = Prune(criterion, share, plan=plan, **common)
     which = {"include": include, "exclude": exclude, "keep_cache": keep_cache}
-    tuned = _finetuning(finetune, labels, augment)
+    tuned = _finetuning(finetune, labels, augment, blocks)
     if isinstance(first, Prune) and plan is None:
         tuned, between = _split(tuned, steps)
         first = replace(first, between=between)
@@ -438,9 +441,11 @@ def _lists_more(plan: Plan | None) -> bool:
     return plan is not None and bool(plan.groups or plan.factorized)
 
 
-def _finetuning(effort: int | str | bool | None, labels: Any, augment: str = "auto") -> list[Finetune]:
+def _finetuning(
+    effort: int | str | bool | None, labels: Any, augment: str = "auto", blocks: str = "no"
+) -> list[Finetune]:
     """Return the training that was asked for, if any."""
-    return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels, augment=augment)]
+    return [] if effort in (None, False, "none") else [Finetune(effort, labels=labels, augment=augment, blocks=blocks)]
 
 
 def _quantizing(mode: str | None) -> list[Quantize]:
@@ -514,6 +519,7 @@ def recover(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     augment: str = "auto",
+    blocks: str = "no",
     pattern_lock: bool | None = None,
     quantize: str | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -547,6 +553,8 @@ def recover(
             the loss of ``finetune`` is then on them. None: without labels.
         augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
             ``shift``, ``flip`` or ``none``.
+        blocks: whether ``finetune`` trains one block of the model after the other: ``no`` (default), ``yes``, or
+            ``auto``: with fewer than 512 samples both are tried, and the better one on the hold-out goes on.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
@@ -588,7 +596,7 @@ def recover(
     if data is None and check_mode(recover) != "datafree":
         raise no_data(recover)
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
-    tuned = _finetuning(finetune, labels, augment)
+    tuned = _finetuning(finetune, labels, augment, blocks)
     locks = _locking(pattern_lock, recover, tuned)
     rotations = [Rotate(plan=take.plan)] if take.plan.rotations else []
     stages = [
@@ -717,6 +725,7 @@ def factorize(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     augment: str = "auto",
+    blocks: str = "no",
     pattern_lock: bool | None = None,
     quantize: str | None = None,
     memory_limit: int | None = None,
@@ -771,6 +780,8 @@ def factorize(
             the loss of ``finetune`` is then on them. None: without labels.
         augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
             ``shift``, ``flip`` or ``none``.
+        blocks: whether ``finetune`` trains one block of the model after the other: ``no`` (default), ``yes``, or
+            ``auto``: with fewer than 512 samples both are tried, and the better one on the hold-out goes on.
         pattern_lock: whether zeros of weights stay 0 in recovery and fine-tuning; False lets them change; None as well,
             but then fine-tuning a model that holds a pattern of zeros is refused.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
@@ -805,7 +816,7 @@ def factorize(
         )
     take = Factorize(method, plan=plan, check=validate, **options.arguments)
     check = Validate(exact=False, faithful=validate, timed=validate and latency)
-    tuned = _finetuning(finetune, labels, augment)
+    tuned = _finetuning(finetune, labels, augment, blocks)
     locks = _locking(pattern_lock, mode, tuned)
     later = [*tuned, *_quantizing(quantize)]
     stages = [Flush(), *locks, take, Recover(mode, why=reason), *later, check, *_measures(metric)]
@@ -846,6 +857,7 @@ def sparsify(
     finetune: int | str | bool | None = None,
     labels: Any = None,
     augment: str = "auto",
+    blocks: str = "no",
     pattern_lock: bool = True,
     quantize: str | None = None,
     memory_limit: int | None = None,
@@ -910,6 +922,8 @@ def sparsify(
             the loss of ``finetune`` is then on them, and criteria of gradients take their loss. None: without labels.
         augment: variants of images in ``finetune``, where they change the original's answers little: ``auto``,
             ``shift``, ``flip`` or ``none``.
+        blocks: whether ``finetune`` trains one block of the model after the other: ``no`` (default), ``yes``, or
+            ``auto``: with fewer than 512 samples both are tried, and the better one on the hold-out goes on.
         pattern_lock: whether zeros stay 0 in recovery and fine-tuning, which are refused otherwise; True.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
             :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
@@ -935,7 +949,7 @@ def sparsify(
     """
     options, run = record_of(SparseOptions, locals()), record_of(RunSettings, locals())
     mode, reason = settle_mode(recover, data is not None, validate)
-    tuned = _finetuning(finetune, labels, augment)
+    tuned = _finetuning(finetune, labels, augment, blocks)
     if not pattern_lock and (mode != "none" or tuned):
         what = argument("finetune") if tuned else argument("recover", mode)
         raise UsageError(

@@ -1849,6 +1849,16 @@ SETTINGS: tuple[Setting, ...] = (
         "auto",
     ),
     Setting(
+        "blocks",
+        Word("auto", "no", "yes"),
+        f"Whether {argument('finetune')} trains one block of the model after the other; auto: with fewer than 512 "
+        "samples both ways are tried, and the better one on held-out samples goes on.",
+        dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
+        "no",
+        bare="yes",
+        brief="Train one block after the other.",
+    ),
+    Setting(
         "pattern_lock",
         Flag(),
         "Keep zeros of weights at 0 in recovery and fine-tuning, or let them change; without either, fine-tuning "

@@ -349,6 +349,7 @@ MEANINGS = {
         "losses": "of the first step, and of the last 20 on average",
         "curve": "pairs of a step and 100 less the points on the hold-out",
         "by_labels": "points by the labels of the hold-out before and after: accuracy in percent, or 100 R²",
+        "blocks": "number of blocks that were trained one after the other; 0: the model was trained as a whole",
         "before, after": "fidelity on the hold-out",
         "undone": "whether nothing was better than before",
         "stopped": "why it ended early; empty: it did not",

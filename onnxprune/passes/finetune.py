@@ -34,10 +34,11 @@ from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arr
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import checked, effort_of, named_arguments
 from onnxprune.training.augment import Augmentation
+from onnxprune.training.blocks import Block, blocks_of
 from onnxprune.training.codes import CodedWeight, encoded, with_numbers
 from onnxprune.training.curvature import CALLS, Curvature
 from onnxprune.training.loop import Course, Effort, train
-from onnxprune.training.losses import BALANCE, OFFSET, Losses
+from onnxprune.training.losses import BALANCE, OFFSET, Losses, deviation
 from onnxprune.training.parameters import Head, bottlenecks, trainable
 from onnxprune.training.step import PROBE, Adam, Parameters, Step, Vector, step_sizes
 
@@ -53,6 +54,8 @@ _SETTLED = 1e-6  # a loss below it is none
 _BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
 _MEMORY = 512 << 20
 _SHORT_SAMPLES, _MOST_STEPS, _LEAST_STEPS = 512, 2000, 50
+_FEW_SAMPLES, _TRIAL = 512, 0.25  # samples below which both ways are tried, each for this share of the effort
+_MOST_BLOCKS, _BLOCK_STEPS, _HELD_CALLS = 16, 8, 2
 _CLOSE = 0.5  # points lost below which a training is not worth its time
 _PASSES = 3  # multiply-accumulates of a step, in runs of the model
 _LIVE = 2.5  # bytes alive during a step, relative to those of all activations
@@ -81,12 +84,16 @@ class Finetune(Pass):
         features: number of tensors between blocks to compare, 0 or more.
         augment: ``auto`` to shift and mirror images where the original is indifferent to it, ``shift`` or ``flip`` for
             one of the two, ``none``; True and False for ``auto`` and ``none``.
+        blocks: ``yes`` to train one residual block or stage after the other, each to make what the original's makes
+            from the inputs that the pruned model gives it; ``no`` to train the whole model; ``auto``: with fewer than
+            512 samples both are tried, each for a quarter of the effort, and the better on the hold-out goes on.
         loss: a loss of your own in place of the labels', half of the whole: ``f(outputs, targets, labels)`` gets the
             values of the model and of its original, {output: array}, in front of a softmax at the end, and the labels
             of the samples (None without); it returns its value and the gradients, {output: array}. None: none.
 
     Raises:
-        UsageError: no data, fewer than 64 samples, data without variety, or labels that do not fit.
+        UsageError: no data, fewer than 64 samples, data without variety, labels that do not fit, or ``blocks="yes"``
+            with a loss of your own.
         ModelError: no weight can be trained, or the model cannot be run as a training graph.
     """
 
@@ -101,6 +108,7 @@ class Finetune(Pass):
         batch_size: int = BATCH,
         features: int = _FEATURES,
         augment: bool | str = "auto",
+        blocks: str = "no",
         loss: UserLoss | None = None,
     ) -> None:
         self.is_auto = effort is None or effort is True or effort == "auto"
@@ -111,6 +119,12 @@ class Finetune(Pass):
         self.features, self.loss = features, loss
         augment = {True: "auto", False: "none"}[augment] if isinstance(augment, bool) else augment
         self.augment = checked("augment", augment, "prune")
+        self.blocks = checked("blocks", blocks, "prune")
+        if self.blocks == "yes" and loss is not None:
+            raise UsageError(
+                f"{argument('loss')} is one of the whole model, and {argument('blocks', 'yes')} trains its blocks.",
+                hint=f"Drop one of the two, or give {argument('blocks', 'no')}.",
+            )
 
     def part(self, share: float) -> Finetune:
         """Return the same training with a share of its effort."""
@@ -209,7 +223,7 @@ class _Samples:
                 f"{argument('labels')}: inputs of several sizes cannot be trained on labels",
                 hint=f"Drop {argument('labels')}, or give inputs of one size.",
             )
-        self._size, self._labels, self._seed = size, labels, seed
+        self.size, self._labels, self._seed = size, labels, seed
 
     @property
     def num(self) -> int:
@@ -218,7 +232,7 @@ class _Samples:
 
     def draw(self, number: int) -> tuple[Feed, Array | None]:
         """Return one call and its labels; the same ones for the same number."""
-        need = 1 if self._arrays is None else self._size
+        need = 1 if self._arrays is None else self.size
         first, last = number * need // self.num, ((number + 1) * need - 1) // self.num
         rounds = [np.random.default_rng([self._seed, k]).permutation(self.num) for k in range(first, last + 1)]
         start = number * need - first * self.num
@@ -314,6 +328,10 @@ class Training:
     after: Fidelity | None = None
     by_labels: list[float] = field(default_factory=list)
     coded: Sequence[CodedWeight] = ()
+    judged: dict[float, Judgement] = field(default_factory=dict)
+    balance: Array = field(default_factory=lambda: np.zeros((), np.float32))
+    reconstruction: Reconstruction | None = None
+    blocks: int = 0
 
     @classmethod
     def prepare(cls, settings: Finetune, context: Context, model: Model, split: CalibrationSplit) -> Self:
@@ -365,52 +383,61 @@ class Training:
         if not graph.gradients:
             why = next(iter(frozen.values()), "it has no weights in float32")
             raise ModelError(f"No weight of the model can be trained: {why}.", hint=f"Drop {argument('finetune')}.")
-        locked = model.locked | {c.numbers for c in coded if c.codes in model.locked}
-        parameters = Parameters({n: student.constants[n] for n in graph.gradients}, locked)
+        parameters = Parameters({n: student.constants[n] for n in graph.gradients}, _locked(model, coded))
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-settings.batch_size // size))
         graphs, labelled = (student, teacher, parameters, step), (known, hold_out)
         training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, user_loss)
         training.coded = coded
+        training.reconstruction = Reconstruction.suited(training, original, fitted)
         if settings.augment != "none":
-            answers = [names[h.tensor] for h in fitted]
-            training.augmentation = Augmentation.suited(
-                [samples.draw(0)[0]], lambda f: [teacher(f)[n] for n in answers], settings.augment
-            )
+            answers = lambda f: [teacher(f)[names[h.tensor]] for h in fitted]  # noqa: E731
+            training.augmentation = Augmentation.suited([samples.draw(0)[0]], answers, settings.augment)
         return training
 
     def run(self) -> Course:
-        """Train."""
-        balance = np.zeros((), np.float32)
+        """Train as a whole or block by block, or in the way that is better on the hold-out."""
+        start = None if self.held_labels is None else self.judgement()
+        effort = self.effort()
+        if self.reconstruction is None:
+            course = self._whole(effort, self.keeper())
+        elif self.settings.blocks == "yes":
+            course = self._by_blocks(effort)
+        else:
+            course = self._better(effort)
+        end = self.judged.get(dict(course.curve)[course.best]) or self.judgement()
+        self.after = end.fidelity
+        self.by_labels = [x.by_labels for x in (start, end) if x is not None and x.by_labels is not None]
+        return course
 
-        def draw(number: int) -> list[Feed]:
-            calls = []
-            for k in range(self.calls):
-                feed, labels = self.samples.draw(number * self.calls + k)
-                if self.augmentation is not None:
-                    feed = self.augmentation(feed, np.random.default_rng([self.context.seed, number, k]))
-                batch = (
-                    {name: as_targets(labels, shape) for name, shape in self.labels.values()}
-                    if labels is not None
-                    else {}
-                )
-                feed |= self.teacher(feed)
-                if self.own_loss is not None:
-                    batch = self.own_loss(feed, self.parameters, labels)
-                calls.append({**feed, **batch, BALANCE: balance})
-            return calls
+    def draw(self, number: int, teacher: Callable[[Feed], Feed] | None = None) -> list[Feed]:
+        """Return the calls of a step, with what a teacher answers; None: that of the whole model."""
+        calls = []
+        for k in range(self.calls):
+            feed, labels = self.samples.draw(number * self.calls + k)
+            if self.augmentation is not None:
+                feed = self.augmentation(feed, np.random.default_rng([self.context.seed, number, k]))
+            calls.append(self.call(feed, labels, teacher or self.teacher))
+        return calls
 
-        judged: dict[float, Judgement] = {}
+    def call(self, feed: Feed, labels: Array | None, teacher: Callable[[Feed], Feed]) -> Feed:
+        """Return one call with everything that the loss reads."""
+        batch = {} if labels is None else {name: as_targets(labels, shape) for name, shape in self.labels.values()}
+        feed = {**feed, **teacher(feed)}
+        if self.own_loss is not None:
+            batch = self.own_loss(feed, self.parameters, labels)
+        return {**feed, **batch, BALANCE: self.balance}
 
-        def judge() -> float:
-            judgement = self.judgement()
-            judged[judgement.distance] = judgement
-            return judgement.distance
+    def judge(self) -> float:
+        """Return the distance of the present weights on the hold-out."""
+        judgement = self.judgement()
+        self.judged[judgement.distance] = judgement
+        return judgement.distance
 
-        def tell(share: float) -> None:
-            self.context.tell(self.stage, share)
-
-        first = draw(0)
+    def _whole(self, effort: Effort, keeper: _Checkpoint | None = None) -> Course:
+        """Train all weights together."""
+        first, balance = self.draw(0), self.balance
+        balance[...] = 0
         outputs = self.step(first)
         balance[...] = 1
         features = self.step(first) - outputs
@@ -420,14 +447,42 @@ class Training:
         balance[...] = _FEATURE_SHARE * outputs / features if is_far else 0
         sizes, doubling = step_sizes(self.step, first, self.parameters, self.context.seed, self.least_loss, self.probe)
         rate = min(self.settings.rate, _BOLDNESS * doubling)
-        optimizer = self.optimizer(sizes)
-        effort, error = self.effort(), partial(standard_error, samples=self.split.num_held_out)
-        start, keeper = None if self.held_labels is None else self.judgement(), self.keeper()
-        course = train(self.step, optimizer, self.parameters, draw, judge, effort, rate, error, tell, keeper)
-        end = judged.get(dict(course.curve)[course.best]) or self.judgement()
-        self.after = end.fidelity
-        self.by_labels = [x.by_labels for x in (start, end) if x is not None and x.by_labels is not None]
-        return course
+        optimizer, error = self.optimizer(sizes), partial(standard_error, samples=self.split.num_held_out)
+        tell = partial(self.context.tell, self.stage)
+        return train(self.step, optimizer, self.parameters, self.draw, self.judge, effort, rate, error, tell, keeper)
+
+    def _by_blocks(self, effort: Effort) -> Course:
+        """Train one block after the other."""
+        assert self.reconstruction is not None
+        self.blocks = len(self.reconstruction.blocks)
+        return self.reconstruction.run(effort)
+
+    def _better(self, effort: Effort) -> Course:
+        """Try both ways for a share of the effort, and go on in the better one from the weights that it has made."""
+        vector, start = self.parameters.vector, self.parameters.vector.copy()
+        trials = []
+        for way in (self._whole, self._by_blocks):
+            vector[:] = start
+            course = way(effort.part(_TRIAL))
+            trials.append((dict(course.curve)[course.best], course, vector.copy(), way))
+            if course.stopped == "interrupted":
+                break
+        _, best, weights, way = min(trials, key=lambda trial: trial[0])
+        vector[:] = weights
+        self.blocks = 0 if way == self._whole else self.blocks
+        spent = sum(course.steps for _, course, _, _ in trials)
+        seconds = sum(course.seconds for _, course, _, _ in trials)
+        if any(course.stopped == "interrupted" for _, course, _, _ in trials):
+            return replace(best, steps=spent, seconds=seconds, stopped="interrupted")
+        last = way(effort.part(1 - _TRIAL * len(trials)))
+        return Course(
+            steps=spent + last.steps,
+            seconds=seconds + last.seconds,
+            losses=[*best.losses, *last.losses],
+            curve=[*best.curve, *((spent + step, value) for step, value in last.curve[1:])],
+            best=spent + last.best if last.best else best.best,
+            stopped=last.stopped,
+        )
 
     @property
     def stage(self) -> str:
@@ -521,6 +576,7 @@ class Training:
             undone=course.best == 0,
             stopped=course.stopped,
             by_labels=self.by_labels,
+            blocks=self.blocks,
         )
 
     def remarks(self, facts: Finetuning) -> list[str]:
@@ -538,6 +594,115 @@ class Training:
             what = "1 weight was" if len(facts.frozen) == 1 else f"{len(facts.frozen)} weights were"
             remarks.append(f"{what} not trained: {reasons[0]}")
         return [Note(text) for text in remarks]
+
+
+@dataclass(slots=True)
+class Reconstruction:
+    """A training of one block after the other: what each makes of its present inputs, against the original's.
+
+    Attributes:
+        training: the training of the whole model.
+        blocks: the blocks, in order.
+        teacher: the original, from inputs to what blocks and outputs are compared with.
+        names: the name of each tensor there.
+        fitted: the outputs.
+    """
+
+    training: Training
+    blocks: Sequence[Block]
+    teacher: Callable[[Feed], Feed]
+    names: Mapping[str, str]
+    fitted: Sequence[Head]
+
+    @classmethod
+    def suited(cls, training: Training, original: StaticGraph, fitted: Sequence[Head]) -> Reconstruction | None:
+        """Return the training by blocks; None where it is not asked for, or there are no two blocks."""
+        settings, split = training.settings, training.split
+        is_auto = settings.blocks == "auto" and settings.loss is None
+        if settings.blocks != "yes" and not (is_auto and split.num_fit + split.num_held_out < _FEW_SAMPLES):
+            return None
+        student, steps = training.student, settings.effort.steps
+        most = _MOST_BLOCKS if steps is None else max(1, min(_MOST_BLOCKS, steps // _BLOCK_STEPS))
+        targets = _features(student, original, training.model, [h.tensor for h in fitted], most)
+        blocks = blocks_of(student, targets, training.parameters.spans)
+        if len(blocks) < 2:
+            return None
+        return cls(training, blocks, *_teacher(original, fitted, targets), fitted)
+
+    def run(self, effort: Effort) -> Course:
+        """Train every block for the same share of an effort, and leave the best weights behind any of them."""
+        training = self.training
+        vector = training.parameters.vector
+        course, best = Course(curve=[(0, training.judge())]), vector.copy()
+        distance = course.curve[0][1]
+        samples = _Samples(
+            training.split.validation.inputs, training.samples.size, training.held_labels, training.context.seed
+        )
+        held = [training.call(*samples.draw(k), self.teacher) for k in range(_HELD_CALLS)]
+        for k, block in enumerate(self.blocks):
+            part = self._train(block, effort.part(1 / len(self.blocks)), course.steps, held)
+            course.steps, course.seconds = course.steps + part.steps, course.seconds + part.seconds
+            course.losses += part.losses
+            if part.steps:
+                course.curve.append((course.steps, training.judge()))
+                if course.curve[-1][1] < distance:
+                    distance, course.best = course.curve[-1][1], course.steps
+                    best[:] = vector
+            training.context.tell(training.stage, (k + 1) / len(self.blocks))
+            if part.stopped == "interrupted":
+                course.stopped = part.stopped
+                break
+        vector[:] = best
+        return course
+
+    def _train(self, block: Block, effort: Effort, number: int, held: Sequence[Feed]) -> Course:
+        """Train the weights of one block, with all others as they are now.
+
+        Args:
+            block: the block.
+            effort: its effort.
+            number: number of the first step.
+            held: calls of the hold-out, on which its best weights are chosen.
+        """
+        training = self.training
+        present = training.parameters.views(training.parameters.vector)
+        constants = {**training.student.constants, **{name: value.copy() for name, value in present.items()}}
+        student = replace(training.student, constants=constants, producer={}, readers={})
+        graph = training_graph(student, partial(self._loss, block), block.weights, inputs=self._inputs())
+        if not graph.gradients:
+            return Course()
+        parameters = Parameters({n: constants[n] for n in graph.gradients}, _locked(training.model, training.coded))
+        step = Step(graph, parameters, training.context.device.threads)
+
+        def draw(k: int) -> list[Feed]:
+            return training.draw(number + k, self.teacher)
+
+        sizes, doubling = step_sizes(step, draw(0), parameters, training.context.seed, 0.0, training.probe)
+        feeds = (training.samples.draw(k)[0] for k in range(CALLS))
+        optimizer = Adam(parameters, sizes, coordinates=Curvature.measured(student, parameters, feeds))
+        rate = min(training.settings.rate, _BOLDNESS * doubling)
+        course = train(step, optimizer, parameters, draw, lambda: 100 * step(held), effort, rate)
+        for name, value in parameters.views(parameters.vector).items():
+            present[name][...] = value
+        return course
+
+    def _loss(self, block: Block, tape: Tape) -> str:
+        """Emit the error of what a block makes; of the head, the loss of the outputs."""
+        if block.target:
+            return deviation(tape, block.target, self.names[block.target])
+        labels = {head: name for head, (name, _) in self.training.labels.items()}
+        return Losses({h: self.names[h.tensor] for h in self.fitted}, {}, labels).emit(tape)
+
+    def _inputs(self) -> Mapping[str, tuple[Sequence[int], Any]]:
+        """Return the inputs that losses read: shape and type by name."""
+        student = self.training.student
+        labels = {name: (shape, np.dtype(np.float32)) for name, shape in self.training.labels.values()}
+        return {shown: (student.shapes[n], student.kinds[n]) for n, shown in self.names.items()} | labels
+
+
+def _locked(model: Model, coded: Sequence[CodedWeight]) -> frozenset[str]:
+    """Return the names of the weights whose zeros stay 0, as a training knows them."""
+    return model.locked | {c.numbers for c in coded if c.codes in model.locked}
 
 
 @dataclass(frozen=True, slots=True)

@@ -465,7 +465,8 @@ class Finetuning:
     original on the hold-out), where the distance is 100 less the points of fidelity. ``before`` and ``after`` are the
     fidelity there; ``undone``: nothing was better than before; ``stopped``: why it ended early, else empty.
     ``by_labels``: points by the labels of the hold-out before and after, accuracy in percent or 100 R^2; empty without.
-    The distance is then the mean of both.
+    The distance is then the mean of both. ``blocks``: the number of blocks that were trained one after the other; 0
+    where the model was trained as a whole.
     """
 
     steps: int
@@ -483,6 +484,7 @@ class Finetuning:
     undone: bool
     stopped: str
     by_labels: list[float] = field(default_factory=list)
+    blocks: int = 0
 
 
 @dataclass(slots=True)

@@ -119,6 +119,25 @@ def test_labels_take_part_and_judge() -> None:
     assert values.by_labels[1] <= 100
 
 
+@pytest.mark.parametrize(("blocks", "counts"), [("yes", {4}), ("auto", {0, 4}), ("no", {0})])
+def test_blocks_are_trained_one_after_the_other(blocks: str, counts: set[int]) -> None:
+    facts = tuned(blocks=blocks, finetune=60).report.finetuning
+    assert facts.blocks in counts and not facts.undone
+    assert abs(facts.steps - 60) <= 3
+    assert facts.after.points > facts.before.points
+    assert min(value for _, value in facts.curve) < facts.curve[0][1]
+
+
+def test_blocks_keep_zeros_and_take_labels() -> None:
+    given: dict[str, Any] = {"ratio": 0.6, "include": ["*"], "data": DATA, "recover": "none", "latency": False}
+    labels = np.arange(192) % 5
+    result = op.sparsify(net(), labels=labels, finetune=24, blocks="yes", criterion="magnitude", **given)
+    assert result.report.finetuning.blocks and len(result.report.finetuning.by_labels) == 2
+    assert all(x.zeros == round(0.6 * x.elements) for x in result.report.sparsified if x.pattern)
+    with pytest.raises(op.UsageError, match="is one of the whole model"):
+        op.passes.Finetune(5, blocks="yes", loss=squares)
+
+
 def squares(outputs: Any, targets: Any, labels: Any) -> Any:
     """Half the squared error of scores, over the number of samples."""
     (name,) = outputs
