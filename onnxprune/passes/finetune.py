@@ -400,7 +400,7 @@ class Training:
         start = None if self.held_labels is None else self.judgement()
         effort = self.effort()
         if self.reconstruction is None:
-            course = self._whole(effort, self.keeper())
+            course = self._train_all(effort, self.keeper())
         elif self.settings.blocks == "yes":
             course = self._by_blocks(effort)
         else:
@@ -434,7 +434,7 @@ class Training:
         self.judged[judgement.distance] = judgement
         return judgement.distance
 
-    def _whole(self, effort: Effort, keeper: _Checkpoint | None = None) -> Course:
+    def _train_all(self, effort: Effort, keeper: _Checkpoint | None = None) -> Course:
         """Train all weights together."""
         first, balance = self.draw(0), self.balance
         balance[...] = 0
@@ -461,7 +461,7 @@ class Training:
         """Try both ways for a share of the effort, and go on in the better one from the weights that it has made."""
         vector, start = self.parameters.vector, self.parameters.vector.copy()
         trials = []
-        for way in (self._whole, self._by_blocks):
+        for way in (self._train_all, self._by_blocks):
             vector[:] = start
             course = way(effort.part(_TRIAL))
             trials.append((dict(course.curve)[course.best], course, vector.copy(), way))
@@ -469,7 +469,7 @@ class Training:
                 break
         _, best, weights, way = min(trials, key=lambda trial: trial[0])
         vector[:] = weights
-        self.blocks = 0 if way == self._whole else self.blocks
+        self.blocks = 0 if way == self._train_all else self.blocks
         spent = sum(course.steps for _, course, _, _ in trials)
         seconds = sum(course.seconds for _, course, _, _ in trials)
         if any(course.stopped == "interrupted" for _, course, _, _ in trials):

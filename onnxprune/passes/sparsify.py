@@ -112,7 +112,7 @@ class _Work:
     originals: dict[str, Real] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    chosen: dict[str, Mask] = field(default_factory=dict)  # blocks of progressive masks
+    block_masks: dict[str, Mask] = field(default_factory=dict)  # blocks of progressive masks
 
     @classmethod
     def prepare(cls, context: Context, current: Model, request: Request, criterion: str) -> _Work:
@@ -215,20 +215,20 @@ class _Work:
     def _scores(self, scorer: _Scorer, layer: SparseLayer) -> Real:
         """Return the scores of a layer, under which blocks chosen before go first."""
         scores = scorer.scores(layer)
-        chosen = self.chosen.get(layer.name)
-        return scores if chosen is None else np.where(chosen, LOCKED, scores)
+        blocks = self.block_masks.get(layer.name)
+        return scores if blocks is None else np.where(blocks, LOCKED, scores)
 
     def _on_the_way(self, scorer: _Scorer, count: int, layer: SparseLayer, is_last: bool) -> Mask:
         """Choose blocks, and return the zeros of this step: blocks of earlier steps, and half of the new ones."""
         finer = self.request.finer
         assert finer is not None
         matrix = layer.read(self.model.weights)
-        before = self.chosen.get(layer.name, np.zeros(matrix.shape, bool))
+        before = self.block_masks.get(layer.name, np.zeros(matrix.shape, bool))
         if is_last:
             return before
         scores = score.locked(self._scores(scorer, layer), matrix)
-        self.chosen[layer.name] = before | self.request.shape.zeros(scores, count)
-        return part_of_blocks(self.chosen[layer.name], before, scores, finer)
+        self.block_masks[layer.name] = before | self.request.shape.zeros(scores, count)
+        return part_of_blocks(self.block_masks[layer.name], before, scores, finer)
 
     def _masked(self, scorer: _Scorer, masks: Mapping[str, Mask], layer: SparseLayer) -> tuple[Real, float]:
         """Return a layer's matrix with zeros in a mask, and the share of its output's energy that is lost."""

@@ -154,16 +154,16 @@ def _largest_part(size: int) -> int:
     return next((d for d in range(size // 2, 0, -1) if size % d == 0), 1)
 
 
-def part_of_blocks(chosen: Mask, complete: Mask, scores: Real, finer: Pattern) -> Mask:
+def part_of_blocks(blocks: Mask, complete: Mask, scores: Real, finer: Pattern) -> Mask:
     """Return the zeros on the way to a mask of blocks: blocks chosen before, and half of the new ones.
 
     Args:
-        chosen: the blocks chosen so far [parts, n, o].
+        blocks: the blocks chosen so far [parts, n, o].
         complete: those of them that become 0 as a whole [parts, n, o].
         scores: of single weights [parts, n, o].
         finer: pattern of the half of the others, which divides the blocks.
     """
-    new = chosen & ~complete
+    new = blocks & ~complete
     half = finer.zeros(np.where(new, scores, np.inf), int(new.sum()) // finer.block // 2)
     return np.asarray(complete | half)
 
