@@ -622,8 +622,8 @@ class Reconstruction:
         if settings.blocks != "yes" and not (is_auto and split.num_fit + split.num_held_out < _FEW_SAMPLES):
             return None
         student, steps = training.student, settings.effort.steps
-        most = _MOST_BLOCKS if steps is None else max(1, min(_MOST_BLOCKS, steps // _BLOCK_STEPS))
-        targets = _features(student, original, training.model, [h.tensor for h in fitted], most)
+        limit = _MOST_BLOCKS if steps is None else max(1, min(_MOST_BLOCKS, steps // _BLOCK_STEPS))
+        targets = _features(student, original, training.model, [h.tensor for h in fitted], limit)
         blocks = blocks_of(student, targets, training.parameters.spans)
         if len(blocks) < 2:
             return None
@@ -638,9 +638,9 @@ class Reconstruction:
         samples = _Samples(
             training.split.validation.inputs, training.samples.size, training.held_labels, training.context.seed
         )
-        held = [training.call(*samples.draw(k), self.teacher) for k in range(_HELD_CALLS)]
+        held_calls = [training.call(*samples.draw(k), self.teacher) for k in range(_HELD_CALLS)]
         for k, block in enumerate(self.blocks):
-            part = self._train(block, effort.part(1 / len(self.blocks)), course.steps, held)
+            part = self._train(block, effort.part(1 / len(self.blocks)), course.steps, held_calls)
             course.steps, course.seconds = course.steps + part.steps, course.seconds + part.seconds
             course.losses += part.losses
             if part.steps:
@@ -655,14 +655,14 @@ class Reconstruction:
         vector[:] = best
         return course
 
-    def _train(self, block: Block, effort: Effort, number: int, held: Sequence[Feed]) -> Course:
+    def _train(self, block: Block, effort: Effort, number: int, held_calls: Sequence[Feed]) -> Course:
         """Train the weights of one block, with all others as they are now.
 
         Args:
             block: the block.
             effort: its effort.
             number: number of the first step.
-            held: calls of the hold-out, on which its best weights are chosen.
+            held_calls: calls of the hold-out, on which its best weights are chosen.
         """
         training = self.training
         present = training.parameters.views(training.parameters.vector)
@@ -681,7 +681,7 @@ class Reconstruction:
         feeds = (training.samples.draw(k)[0] for k in range(CALLS))
         optimizer = Adam(parameters, sizes, coordinates=Curvature.measured(student, parameters, feeds))
         rate = min(training.settings.rate, _BOLDNESS * doubling)
-        course = train(step, optimizer, parameters, draw, lambda: 100 * step(held), effort, rate)
+        course = train(step, optimizer, parameters, draw, lambda: 100 * step(held_calls), effort, rate)
         for name, value in parameters.views(parameters.vector).items():
             present[name][...] = value
         return course
