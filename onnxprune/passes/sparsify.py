@@ -144,11 +144,13 @@ class _Work:
         scorer = self._scorer()
         counts = self._counts(pattern, progress, scorer)
         heavy = any(layer.shape[1] >= _WIDE for layer in self.layers)
-        if self.request.finer is None:
+        if self.request.finer_pattern is None:
             change = partial(self._sparse, pattern, scorer, counts)
         else:
             is_last = step == self.request.steps
-            masks = {layer.name: self._on_the_way(scorer, counts[layer.name], layer, is_last) for layer in self.layers}
+            masks = {
+                layer.name: self._unfinished_mask(scorer, counts[layer.name], layer, is_last) for layer in self.layers
+            }
             change = partial(self._masked, scorer, masks)
         new = spread(change, self.layers, heavy=heavy)
         for layer, (matrix, error) in zip(self.layers, new, strict=True):
@@ -218,17 +220,17 @@ class _Work:
         blocks = self.block_masks.get(layer.name)
         return scores if blocks is None else np.where(blocks, LOCKED, scores)
 
-    def _on_the_way(self, scorer: _Scorer, count: int, layer: SparseLayer, is_last: bool) -> Mask:
+    def _unfinished_mask(self, scorer: _Scorer, count: int, layer: SparseLayer, is_last: bool) -> Mask:
         """Choose blocks, and return the zeros of this step: blocks of earlier steps, and half of the new ones."""
-        finer = self.request.finer
-        assert finer is not None
+        finer_pattern = self.request.finer_pattern
+        assert finer_pattern is not None
         matrix = layer.read(self.model.weights)
         before = self.block_masks.get(layer.name, np.zeros(matrix.shape, bool))
         if is_last:
             return before
         scores = score.locked(self._scores(scorer, layer), matrix)
         self.block_masks[layer.name] = before | self.request.shape.zeros(scores, count)
-        return part_of_blocks(self.block_masks[layer.name], before, scores, finer)
+        return part_of_blocks(self.block_masks[layer.name], before, scores, finer_pattern)
 
     def _masked(self, scorer: _Scorer, masks: Mapping[str, Mask], layer: SparseLayer) -> tuple[Real, float]:
         """Return a layer's matrix with zeros in a mask, and the share of its output's energy that is lost."""

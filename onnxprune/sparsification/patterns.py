@@ -71,12 +71,12 @@ class Pattern:
         return self.outputs * self.inputs
 
     @property
-    def halved(self) -> Pattern:
+    def half_size(self) -> Pattern:
         """Blocks of about half the size, which divide those of this pattern along their longer side."""
         outputs, inputs = (
-            (_largest_part(self.outputs), self.inputs)
+            (_largest_divisor(self.outputs), self.inputs)
             if self.outputs >= self.inputs
-            else (self.outputs, _largest_part(self.inputs))
+            else (self.outputs, _largest_divisor(self.inputs))
         )
         return Pattern(outputs=outputs, inputs=inputs)
 
@@ -149,22 +149,22 @@ class Pattern:
         return bool(((counts == 0) | (counts == self.block)).all())
 
 
-def _largest_part(size: int) -> int:
+def _largest_divisor(size: int) -> int:
     """Return the largest divisor of a size below it; 1 of 1."""
     return next((d for d in range(size // 2, 0, -1) if size % d == 0), 1)
 
 
-def part_of_blocks(blocks: Mask, complete: Mask, scores: Real, finer: Pattern) -> Mask:
+def part_of_blocks(blocks: Mask, complete: Mask, scores: Real, finer_pattern: Pattern) -> Mask:
     """Return the zeros on the way to a mask of blocks: blocks chosen before, and half of the new ones.
 
     Args:
         blocks: the blocks chosen so far [parts, n, o].
         complete: those of them that become 0 as a whole [parts, n, o].
         scores: of single weights [parts, n, o].
-        finer: pattern of the half of the others, which divides the blocks.
+        finer_pattern: pattern of the half of the others, which divides the blocks.
     """
     new = blocks & ~complete
-    half = finer.zeros(np.where(new, scores, np.inf), int(new.sum()) // finer.block // 2)
+    half = finer_pattern.zeros(np.where(new, scores, np.inf), int(new.sum()) // finer_pattern.block // 2)
     return np.asarray(complete | half)
 
 

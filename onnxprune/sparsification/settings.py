@@ -81,7 +81,7 @@ class Request(Options):
             )
         if self.shape.ratio is not None:
             self._check_fixed(self.shape.ratio)
-        if self.finer is not None:
+        if self.finer_pattern is not None:
             self._check_progressive()
 
     def _check_progressive(self) -> None:
@@ -121,9 +121,9 @@ class Request(Options):
         return Pattern.of(self.pattern)
 
     @property
-    def finer(self) -> Pattern | None:
+    def finer_pattern(self) -> Pattern | None:
         """The pattern of the weights that blocks lose first; None where they become 0 at once."""
-        return {"none": None, "weights": Pattern(), "blocks": self.shape.halved}[self.progressive]
+        return {"none": None, "weights": Pattern(), "blocks": self.shape.half_size}[self.progressive]
 
     @property
     def share(self) -> float:
@@ -148,7 +148,8 @@ class Request(Options):
 
     def progress(self, step: int) -> float:
         """Return the share of the zeros of the last step that are there behind a step, counted from 1."""
-        last = self.steps if self.finer is None else self.steps - 1  # the step after it sets the second halves to 0
+        last = self.steps  # the last step of progressive masks sets second halves to 0
+        last -= self.finer_pattern is not None
         if step >= last:
             return 1.0
         return removed_share(self.share, self.schedule, step / last) / self.share
@@ -173,7 +174,7 @@ class Request(Options):
         settings: dict[str, Any] = {"pattern": self.pattern, "criterion": criterion, "scope": self.scope}
         settings |= {"energy": self.energy} if self.energy is not None else {"ratio": self.share}
         steps = {"steps": self.steps, "schedule": self.schedule} if self.steps > 1 else {}
-        progressive = {} if self.finer is None else {"progressive": self.progressive}
+        progressive = {} if self.finer_pattern is None else {"progressive": self.progressive}
         return {**settings, **steps, **progressive}
 
 

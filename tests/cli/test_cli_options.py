@@ -115,6 +115,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
     args += ["--providers", "cpu,CPUExecutionProvider", "--threads", "3", "--custom-op-library", data]
     args += ["--resize-io", "past*", "--resize-io", "present*", "--cache-heads"]
     args += ["--experts", "2", "--vocabulary", "auto", "--keep-ids", "--tokenizer", data, "--quantize", "dynamic"]
+    args += ["--blocks", "auto"]
     assert run(model, *args, "--approximate").exit_code == 0
     (call,) = api.calls
     call.pop("progress")
@@ -161,6 +162,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "labels": None,
         "pattern_lock": None,
         "augment": "auto",
+        "blocks": "auto",
         "depth": None,
         "rotate": "auto",
         "keep_cache": False,
