@@ -48,7 +48,7 @@ from onnxprune.report.facts import (
     Settings,
     TargetFacts,
 )
-from onnxprune.search.depth import ChosenDepth, as_amounts, choose_depth, originals_of
+from onnxprune.search.depth import ChosenDepth, choose_depth, for_fewer_branches
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
@@ -142,14 +142,13 @@ class Budget(Pass, Options):
         before = points_of_original(context.analysis, self.spec.metric)
         if not (self.shorter or model.is_shortened):
             return self._completed(context, prune, self._search(context, analysis, prune, before), before)
-        originals = originals_of(context, self.spec)
-        spec = replace(self.spec, targets=as_amounts(self.spec.targets, originals))
+        spec, originals = for_fewer_branches(context, self.spec)
         depth = ChosenDepth(replace(model, analysis=analysis), (), ())
         if self.shorter:
             with context.stage("depth"):
-                depth = choose_depth(context, model, prune, spec, self.recover)
+                depth = choose_depth(context, model, prune, spec, originals, self.recover)
         branches = depth.model.plan.branches
-        result = replace(self, spec=spec)._search(context, depth.model.analysis, prune, before, branches)
+        result = replace(self, spec=spec)._search(context, depth.model.analysis, prune, before, branches, originals)
         completed = self._completed(context, prune, result, before, originals)
         budget = next(fact for fact in completed.facts if isinstance(fact, BudgetFacts))
         budget.answers = [*depth.answers, *budget.answers]
@@ -205,12 +204,14 @@ class Budget(Pass, Options):
         prune: Prune,
         before: float,
         branches: Sequence[PlanBranch] = (),
+        originals: Mapping[str, float] | None = None,
     ) -> SearchResult:
         """Return the best result within targets and gates; freeze a node that cannot be rewritten and search anew."""
         for _ in range(len(analysis.graph.nodes) + 1):
             try:
                 with context.stage("budget"):
-                    return Search(context, analysis, self.spec, prune, self.recover, before, branches).run()
+                    options = branches, originals or {}
+                    return Search(context, analysis, self.spec, prune, self.recover, before, *options).run()
             except CannotRewrite as stop:
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
         raise AssertionError("every node was frozen")  # pragma: no cover
@@ -237,15 +238,6 @@ class Budget(Pass, Options):
         facts.losses_by = list(problem.choices)[-1]
         facts.losses = _losses(problem, facts.losses_by)
         return facts
-
-
-def _tried(problem: SearchProblem, candidate: Candidate, evaluation: Evaluation, trial: bool) -> CandidateFacts:
-    """Return the facts of a candidate that was evaluated, at its cost of the first kind."""
-    kind = next(iter(problem.costs))
-    counted = {"size": evaluation.size, "params": evaluation.params}
-    cost = evaluation.macs if kind == "macs" and candidate.factorize is not None else counted.get(kind)
-    share = (candidate.costs[kind] if cost is None else cost) / problem.base(kind)
-    return CandidateFacts(candidate.name, share, evaluation.quality.points, trial)
 
 
 # Shares of the units of a group at which a page shows its losses.
@@ -312,6 +304,7 @@ class Search:
         mode: of the recovery.
         before: points of the original.
         branches: residual branches of the original that the analysed model lacks.
+        originals: costs of that original by kind, where they are not those of the analysed model.
     """
 
     def __init__(
@@ -323,9 +316,11 @@ class Search:
         mode: str,
         before: float,
         branches: Sequence[PlanBranch] = (),
+        originals: Mapping[str, float] | None = None,
     ) -> None:
         self.context, self.analysis, self.spec, self.prune = context, analysis, spec, prune
         self.mode, self.before, self.branches = mode, before, branches
+        self._originals = originals or {}
         self._mixture_of: Mixture | None = None
         self._answers: list[Evaluated] = []
         self._tried: list[tuple[Mask, CandidateFacts]] = []
@@ -625,8 +620,18 @@ class Search:
         pruned = pruned_model(problem.analysis, candidate.removed, self.branches)
         evaluation = evaluate(self.context, pruned, **options)
         self._answers.append((candidate, evaluation))
-        self._tried.append((candidate.removed, _tried(problem, candidate, evaluation, trial)))
+        self._tried.append((candidate.removed, self._facts_of(problem, candidate, evaluation, trial)))
         return evaluation
+
+    def _facts_of(
+        self, problem: SearchProblem, candidate: Candidate, evaluation: Evaluation, trial: bool
+    ) -> CandidateFacts:
+        """Return the facts of a candidate that was evaluated, at its cost of the first kind."""
+        kind = next(iter(problem.costs))
+        counted = {"size": evaluation.size, "params": evaluation.params}
+        cost = evaluation.macs if kind == "macs" and candidate.factorize is not None else counted.get(kind)
+        share = (candidate.costs[kind] if cost is None else cost) / self._originals.get(kind, problem.base(kind))
+        return CandidateFacts(candidate.name, share, evaluation.quality.points, trial)
 
     @property
     def _shrinks(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.calibration import TrialSplit
@@ -23,8 +23,10 @@ from onnxprune.targets import Target
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
-def originals_of(context: Context, spec: BudgetSpec) -> dict[str, float]:
-    """Return the costs of the original that shares refer to, by kind of the targets.
+def for_fewer_branches(context: Context, spec: BudgetSpec) -> tuple[BudgetSpec, dict[str, float]]:
+    """Return a budget that means the same of a model with fewer branches, and costs of the original by kind.
+
+    Shares of the original become amounts, and times are those of the original's nodes.
 
     Raises:
         UsageError: a share of the peak memory.
@@ -38,18 +40,15 @@ def originals_of(context: Context, spec: BudgetSpec) -> dict[str, float]:
     for target in spec.targets:
         if target.kind == "latency":
             sizes = rewritable_sizes(analysis)
-            known["latency"] = latency_table(context, sizes, source=spec.latency_table).seconds
+            table = latency_table(context, sizes, source=spec.latency_table)
+            known["latency"], spec = table.seconds, replace(spec, latency_table=table)
         elif target.kind == "peak-memory" and not target.absolute:
             raise UsageError(
                 f"{argument('target')} {target}: with {argument('depth')} a peak memory is no share",
                 hint="Give an amount, such as peak-memory=64MB.",
             )
-    return known
-
-
-def as_amounts(targets: Sequence[Target], originals: Mapping[str, float]) -> tuple[Target, ...]:
-    """Return targets whose shares of the original are amounts, so that they hold for a model with fewer branches."""
-    return tuple(t if t.absolute else Target(t.kind, t.limit(originals[t.kind]), absolute=True) for t in targets)
+    amounts = (t if t.absolute else Target(t.kind, t.limit(known[t.kind]), absolute=True) for t in spec.targets)
+    return replace(spec, targets=tuple(amounts)), known
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,9 @@ class ChosenDepth:
     answers: Sequence[AnswerFacts]
 
 
-def choose_depth(context: Context, model: Model, prune: Prune, spec: BudgetSpec, mode: str) -> ChosenDepth:
+def choose_depth(
+    context: Context, model: Model, prune: Prune, spec: BudgetSpec, originals: Mapping[str, float], mode: str
+) -> ChosenDepth:
     """Compare a few numbers of branches: each model is pruned to the targets, recovered and evaluated on trial samples.
 
     Args:
@@ -75,11 +76,12 @@ def choose_depth(context: Context, model: Model, prune: Prune, spec: BudgetSpec,
         model: the original.
         prune: scores units.
         spec: the budget, its targets as amounts.
+        originals: costs of the original by kind.
         mode: of the recovery.
     """
     request = prune.request
     work = Shortening(context, request.include, request.exclude, by_cost=True)
-    names = [0, *_numbers(work, spec.targets, originals_of(context, spec))] if work.free else [0]
+    names = [0, *_numbers(work, spec.targets, originals)] if work.free else [0]
     removed = list(work.sequence(max(names)))
     tried: list[tuple[int, Quality]] = []
     for position, number in enumerate(names):

@@ -278,8 +278,11 @@ class SearchProblem:
         return costs
 
     def measured_model(self, model: ModelParts, kinds: Collection[str]) -> dict[str, float]:
-        """Return costs of a model, of the kinds that a file determines: counted, and timed beside the original."""
-        with Workspace.of(self.analysis) as trial:
+        """Return costs of a model, of the kinds that a file determines: counted, and timed beside the original.
+
+        The original of the run is meant, with its branches where the analysed model lacks some.
+        """
+        with Workspace.of(self.context.analysis) as trial:
             proto, weights = flush(model)[0]
             path, size = trial.write(proto, weights, "measured")
             costs = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,14 +17,18 @@ from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
 import onnxprune as op
+from onnxprune.allocation.latency_model import LatencyTable, NodeKinds, Sample
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan, PlanBranch
 from onnxprune.cli.main import main
 from onnxprune.errors import BudgetError, UsageError
+from onnxprune.graph.cost import is_layer, macs
 from onnxprune.graph.view import Graph
 from onnxprune.passes import Depth, Pipeline
 from onnxprune.passes.depth import residual_branches
 from onnxprune.pruning.branches import Branch, Branches
+from onnxprune.runtime.latency import device
+from onnxprune.search.latency import Bench, rewritable_sizes
 
 
 def conv_blocks(net: Net) -> str:
@@ -465,3 +470,36 @@ def test_a_target_beside_a_number_of_branches_is_a_share_of_the_original() -> No
     totals = result.report.totals
     assert len(result.plan.branches) == 1
     assert 0.6 * totals.macs_before < totals.macs_after <= 0.75 * totals.macs_before * 1.02
+
+
+def work(model: op.ModelSource) -> int:
+    return sum(layer.macs_before for layer in op.analyze(model).layers)
+
+
+def table_of(model: onnx.ModelProto, of: dict[str, Any], slow: float = 1.0) -> LatencyTable:
+    """A nanosecond per multiply-accumulate of a layer, a microsecond times ``slow`` for any other node."""
+    sizes = rewritable_sizes(op.analyze(model))
+    nodes, full = NodeKinds(sizes), sizes.full_counts
+    table = LatencyTable(op.analyze(model).loaded.sha256, of, {"x": [1, 3, 6, 6]}, 0.0)
+    for share in (1.0, 0.5):
+        shape = sizes.at(np.maximum(1, (share * full).astype(np.int64)))
+        for node in nodes.nodes:
+            is_of_layers = is_layer(node, sizes.analysis.graph)
+            seconds = 1e-9 * float(np.squeeze(macs(node, shape))) if is_of_layers else 1e-6 * slow
+            read, made = (int(np.squeeze(n)) for n in nodes.channels(node, shape))
+            table.samples.append(Sample(node.label, read, made, seconds))
+            table.seconds += seconds if share == 1.0 else 0.0
+    return table
+
+
+def test_a_latency_is_a_share_of_the_originals_without_branches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a result is that of the original times the share of it that a run beside the original takes."""
+    monkeypatch.setattr(Bench, "time_models", lambda _, paths: 1e-9 * np.array([work(path) for path in paths]))
+    here = device().facts()
+    table = table_of(trained(), here)
+    options = {"data": SAMPLES, "recover": "none", "trials": 0, "latency": False, "latency_table": table}
+    result = op.prune(trained(), target="latency=0.7", depth=1, **options)
+    (target,) = result.report.budget.targets
+    assert target.how == "measured" and target.before == table.seconds
+    assert target.after / target.before == pytest.approx(work(result.model) / work(trained()))
+    assert 0.6 < target.after / target.before <= 0.7 * 1.05
