@@ -143,7 +143,8 @@ class _Requests:
         tensor, axes = place
         statistic, joins = statistics.get(need)(), 0 not in axes
         arrange = decoded(site, to_maps(axes)) if tensor == site.tensor else to_maps(axes)
-        self._add(need, key, Request("", tensor, arrange, statistic, joins=joins, where=site.conditions), captured)
+        request = Request("", tensor, arrange, statistic, joins=joins, where=site.conditions, axes=axes)
+        self._add(need, key, request, captured)
 
     def _add_columns(self, need: str, site: ContractionInput, form: Form | None, captured: CapturedMaps) -> None:
         channels = int(site.label.ids.size)
@@ -158,7 +159,8 @@ class _Requests:
             return
         joins = 0 not in site.axes
         arrange = decoded(site, arrange)
-        request = Request("", site.tensor, arrange, statistics.get(need)(), growth, joins, where=site.conditions)
+        statistic = statistics.get(need)()
+        request = Request("", site.tensor, arrange, statistic, growth, joins, site.conditions, site.axes)
         self._add(need, site.columns_key, request, captured)
 
     def _add(self, need: str, key: Hashable, request: Request, captured: CapturedMaps) -> None:

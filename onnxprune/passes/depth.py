@@ -30,6 +30,7 @@ from onnxprune.report.facts import BranchFacts, Exactness, Fact, Pruned, Setting
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.compare import TOLERANCE
 from onnxprune.runtime.fidelity import are_probabilities, roots
+from onnxprune.runtime.masks import without_padding
 from onnxprune.runtime.sessions import Array, Feed, measures, open_session, run
 from onnxprune.settings import checked, named_arguments
 
@@ -348,7 +349,7 @@ class _Measure:
         with Workspace.of(self._context.analysis) as trial, trial.lend(*parts, "short") as model:
             session = open_session(model, spin=False)
             for feed in feeds:
-                yield run(session, feed)
+                yield from without_padding(feed, run(session, feed))
 
     def _values(self, outputs: Feed) -> dict[str, Array]:
         """Return the outputs that are numbers; of class probabilities the square roots."""
@@ -386,16 +387,21 @@ class _Measure:
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
         feed = self._feeds[0]
         try:
-            outputs = {**feed, **next(self._outputs(proto, self._weights, [feed]))}
+            outputs = list(self._outputs(proto, self._weights, [feed]))
         except ModelError:
             return {}
-        pairs = {b.tensor: (outputs[b.source], outputs[b.result]) for b in shown}
-        return {name: 1.0 - _cosine(one, total) for name, (one, total) in pairs.items() if one.shape == total.shape}
+        values = [{**i, **o} for i, o in zip(without_padding(feed, feed), outputs, strict=True)]
+        pairs = {b.tensor: ([v[b.source] for v in values], [v[b.result] for v in values]) for b in shown}
+        return {
+            name: 1.0 - _cosine(one, total)
+            for name, (one, total) in pairs.items()
+            if [v.shape for v in one] == [v.shape for v in total]
+        }
 
 
-def _cosine(one: Array, other: Array) -> float:
-    """Return the cosine of two tensors of one shape, 0 where one of them is 0."""
-    a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+def _cosine(one: Sequence[Array], other: Sequence[Array]) -> float:
+    """Return the cosine of two tensors in the same parts, 0 where one of them is 0."""
+    a, b = (np.concatenate([part.astype(np.float64).ravel() for part in parts]) for parts in (one, other))
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norm if norm > 0 and np.isfinite(norm) else 0.0
 

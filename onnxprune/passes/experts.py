@@ -38,6 +38,7 @@ from onnxprune.pruning.vocabulary import Lookup, renumbered_ids
 from onnxprune.report.facts import Exactness, ExpertFacts, Fact, Pruned, Remark, Settings, Sizes, WithoutExperts
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.compare import TOLERANCE
+from onnxprune.runtime.masks import without_padding
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import checked, named_arguments
 
@@ -374,7 +375,7 @@ class _Scores:
         return _listed(total / np.maximum(uses, 1))
 
     def _captured(self, names: Sequence[str]) -> list[Feed]:
-        """Return some tensors of the original, per call."""
+        """Return some tensors of the original, per call and without padding."""
         loaded = self._work.original.loaded
         proto = onnx.ModelProto()
         proto.CopyFrom(loaded.proto)
@@ -385,7 +386,8 @@ class _Scores:
         parts = outline_bodies(proto, loaded.weights)
         with Workspace.of(self._work.original) as trial, trial.lend(*parts, "captured") as model:
             session = open_session(model, spin=False)
-            return [{**feed, **run(session, feed)} for feed in self._feeds]
+            values = [(feed, {**feed, **run(session, feed)}) for feed in self._feeds]
+            return [part for feed, tensors in values for part in without_padding(feed, tensors)]
 
     def _of_terms(self, mixture: Mixture) -> list[float]:
         """Return the mean norm of every expert's addend, over the tokens that it adds anything to."""

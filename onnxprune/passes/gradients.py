@@ -22,6 +22,7 @@ from onnxprune.passes.recover import compare_with_original
 from onnxprune.pipeline import Context, HoldOut, ModelParts
 from onnxprune.report.facts import Fidelity
 from onnxprune.runtime.capture import count
+from onnxprune.runtime.masks import Padding
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.training.parameters import Head, heads, trainable
 from onnxprune.training.step import Parameters, Step, Vector
@@ -213,11 +214,13 @@ class _Source:
         return start
 
     def _targets(self, feed: Feed, labels: Array | None) -> Feed:
-        """Return the targets of the loss for one call."""
+        """Return the targets of the loss for one call; those of padding are 0."""
         outputs = run(self._answers, {n: v for n, v in feed.items() if n in self._accepted})
         targets: Feed = {}
+        padding = Padding(feed)
         for shown, (name, head) in zip(self._shown, self._inputs.items(), strict=True):
             values = outputs[shown]
+            shares = padding.shares(values.shape, () if head.axis is None else (head.axis % values.ndim,))
             if labels is not None:
                 target = as_targets(labels, values.shape)
                 rows = values.size // values.shape[head.axis] if head.axis is not None else values.size / 2
@@ -225,10 +228,11 @@ class _Source:
             elif head.axis is not None:
                 targets[name] = self._classes(values, head.axis)
             else:
-                scale = float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) or 1.0
+                squares = np.square(values, dtype=np.float64) * (1 if shares is None else shares)
+                scale = float(np.sqrt(np.mean(squares))) or 1.0
                 noise = self._rng.standard_normal(values.shape)
                 targets[name] = (noise / (scale * np.sqrt(values.size / count(feed)) * count(feed))).astype(np.float32)
-            targets[name] = targets[name] / np.float32(len(self._heads))
+            targets[name] = targets[name] / np.float32(len(self._heads)) * (np.float32(1) if shares is None else shares)
         return targets
 
     def _classes(self, scores: Array, axis: int) -> Array:

@@ -120,4 +120,5 @@ def _request(key: _Key, form: Form, channels: int, full: bool, samples: int | No
     )
     statistic = statistics.get("gram")()
     growth = form.taps if full else 1
-    return CaptureRequest(f"gram {key!r}", key[0], arrange, statistic, growth, 0 not in form.axes, key[3])
+    joins = 0 not in form.axes
+    return CaptureRequest(f"gram {key!r}", key[0], arrange, statistic, growth, joins, key[3], tuple(form.axes))

@@ -30,6 +30,7 @@ from onnxprune.pipeline import Context
 from onnxprune.pruning.rewriting import CannotRewrite, cut
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import are_probabilities, roots
+from onnxprune.runtime.masks import without_padding
 from onnxprune.runtime.sessions import Array, Feed, at_sizes_of, measures, open_session, run
 
 Scores = NDArray[np.float64]
@@ -168,10 +169,11 @@ class _PrunedRuns:
         scale = self.original()
         session = self._session(proto, weights)
         errors = dict.fromkeys(scale, 0.0)
-        for feed, expected in zip(self.feeds, self._expected, strict=True):
-            outputs, expected = self._outputs(session, feed), at_sizes_of(session, expected)
+        outputs = (part for feed in self.feeds for part in self._outputs(session, feed))
+        for part, original in zip(outputs, self._expected, strict=True):
+            expected = at_sizes_of(session, original)
             for name in scale:
-                errors[name] += square_error(outputs[name], expected[name])
+                errors[name] += square_error(part[name], expected[name])
         return float(np.mean([min(errors[n] / scale[n], 1.0) for n in scale]))
 
     def original(self) -> Mapping[str, float]:
@@ -180,8 +182,9 @@ class _PrunedRuns:
             graph = self.analysis.graph
             session = self._session(graph.proto, graph.weights)
             self._expected = [
-                {n: a for n, a in self._outputs(session, feed).items() if measures(a.dtype) and a.dtype.kind != "c"}
+                {n: a for n, a in part.items() if measures(a.dtype) and a.dtype.kind != "c"}
                 for feed in self.feeds
+                for part in self._outputs(session, feed)
             ]
             scale = {name: spread_about_mean([w[name] for w in self._expected]) for name in self._expected[0]}
             self._scale = {name: value for name, value in scale.items() if value > 0}
@@ -193,12 +196,13 @@ class _PrunedRuns:
                 )
         return self._scale
 
-    def _outputs(self, session: Any, feed: Feed) -> dict[str, Array]:
-        """Run the model and return its outputs, with the square roots of class probabilities."""
+    def _outputs(self, session: Any, feed: Feed) -> Iterator[dict[str, Array]]:
+        """Run the model and return its outputs without padding, with the square roots of class probabilities."""
         outputs = run(session, feed)
         if self._probable is None:  # the original comes first
             self._probable = {name for name, value in outputs.items() if are_probabilities(value)}
-        return {name: roots(value) if name in self._probable else value for name, value in outputs.items()}
+        for part in without_padding(feed, outputs):
+            yield {name: roots(value) if name in self._probable else value for name, value in part.items()}
 
     def _session(self, proto: onnx.ModelProto, weights: Mapping[str, Weight]) -> Any:
         save(proto, weights, self.path)

@@ -25,6 +25,7 @@ from onnxprune.io.files import workspace
 from onnxprune.io.subgraphs import Inner, expose_tensors
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import save
+from onnxprune.runtime.masks import Padding
 from onnxprune.runtime.sessions import Array, Feed, cores, open_session, run
 
 
@@ -83,7 +84,7 @@ def _mask_executed(condition: Array, required: bool, stacked: int, shape: tuple[
     return np.broadcast_to(matches.reshape(matches.shape + (1,) * (len(shape) - matches.ndim)), shape)
 
 
-FORMAT = 3
+FORMAT = 4
 """Version of the statistics, incremented with every change of their definition, so that old files are not used."""
 
 
@@ -197,6 +198,7 @@ class Request:
     ``growth``: how many times larger that is (windows overlap); it is then done for a few samples at a time.
     ``joins``: values of several calls may be joined along their first axis, the statistic stays the same.
     ``where``: conditions under which a value counts, (tensor, value it must have).
+    ``axes``: axes of the channels. The others hold samples and positions, of which padding does not count.
     """
 
     name: str
@@ -206,6 +208,7 @@ class Request:
     growth: int = 1
     joins: bool = False
     where: tuple[tuple[str, bool], ...] = ()
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +330,7 @@ def _one_pass(
             if number < skip:
                 continue
             values = run(session, feed)
-            full = collected.add({n: values[o] for n, o in outputs.items()}, at_once=number == 0)
+            full = collected.add({n: values[o] for n, o in outputs.items()}, Padding(feed), at_once=number == 0)
             samples += count(feed)
             share(samples, source.samples)
             if full and checkpoint is not None and time.monotonic() - saved_at > _SAVE_EVERY:
@@ -348,16 +351,16 @@ class _Collector:
 
     def __init__(self, requests: Sequence[Request], pool: ThreadPoolExecutor, stacked: Mapping[str, int]) -> None:
         self._requests, self._pool, self._stacked = requests, pool, stacked
-        self._calls: list[Feed] = []
+        self._calls: list[tuple[Feed, Padding]] = []
         self._bytes = 0
         self._busy: list[Future[None]] = []
 
-    def add(self, values: Feed, *, at_once: bool) -> bool:
-        """Take in one call's values. Returns whether none are waiting to be handed over now.
+    def add(self, values: Feed, padding: Padding, *, at_once: bool) -> bool:
+        """Take in one call's values, and its padding. Returns whether none are waiting to be handed over now.
 
         ``at_once``: hand them over and wait, so that an error is raised in the first call already.
         """
-        self._calls.append(values)
+        self._calls.append((values, padding))
         self._bytes += sum(value.nbytes for value in values.values())
         if at_once:
             self.finish()
@@ -380,13 +383,16 @@ class _Collector:
         if calls:
             self._busy = [self._pool.submit(_update_statistic, r, self._values(r, calls)) for r in self._requests]
 
-    def _values(self, request: Request, calls: Sequence[Feed]) -> list[Array]:
-        """Return the values of a tensor: in a body one per iteration, or joined, and none where it did not run."""
+    def _values(self, request: Request, calls: Sequence[tuple[Feed, Padding]]) -> list[Array]:
+        """Return the values of a tensor without padding: in a body one per iteration, and none where it did not run."""
         stacked = self._stacked.get(request.tensor)
+        values: list[Array] = []
         if stacked is None and not request.where:
-            return [call[request.tensor] for call in calls]
-        values = []
-        for call in calls:
+            for call, padding in calls:
+                parts = padding.parts([{"": call[request.tensor]}], {"": request.axes})
+                values += [part[""] for (part,) in parts]
+            return values
+        for call, _ in calls:
             conditions = [(call[n], required, self._stacked.get(n, 0)) for n, required in request.where]
             values += select_executed(call[request.tensor], stacked or 0, conditions, request.joins)
         return values
@@ -399,8 +405,11 @@ class _Collector:
 
 def _update_statistic(request: Request, values: Sequence[Array]) -> None:
     """Update one statistic with the values of some calls."""
-    if request.joins and len(values) > 1 and len({(v.shape[1:], v.dtype) for v in values if v.ndim}) == 1:
-        values = [np.concatenate(values)]
+    if request.joins and len(values) > 1 and all(v.ndim for v in values):
+        alike: dict[Any, list[Array]] = {}
+        for value in values:
+            alike.setdefault((value.shape[1:], value.dtype), []).append(value)
+        values = [np.concatenate(group) for group in alike.values()]
     for value in values:
         _update(request, value)
 

@@ -14,6 +14,7 @@ from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
 from onnxprune.runtime.fidelity.figures import Sums, add, finish
 from onnxprune.runtime.fidelity.kinds import Hint, Level, Part, Reading, read_outputs
 from onnxprune.runtime.fidelity.measures import Measure, measure_of
+from onnxprune.runtime.masks import Padding, without_padding
 from onnxprune.runtime.sessions import Feed, Openable, at_sizes_of, open_session, run
 
 Outputs = Mapping[str, tuple[str, int | None]]
@@ -174,19 +175,22 @@ class _Judge:
     def _decide(self) -> None:
         """Read kinds off the waiting batches, then add these."""
         waiting, self.waiting = self.waiting or [], None
-        first = [want for _, want, _ in waiting]
-        readings = read_outputs(first, [feed for feed, _, _ in waiting], self.hints, self.user_kinds)
+        # Kinds are read off whole batches: their arrays have one shape.
+        outputs = [want for _, want, _ in waiting]
+        readings = read_outputs(outputs, [feed for feed, _, _ in waiting], self.hints, self.user_kinds)
+        first = [part for feed, want, _ in waiting for part in without_padding(feed, want)]
         self.measures = [(reading, measure_of(reading, first)) for reading in readings]
         self.blocks = {name: parts for reading in readings for name, parts in blocks_of(reading).items()}
         for batch in waiting:
             self._add(batch)
 
     def _add(self, batch: _Batch) -> None:
-        feed, want, have = batch
-        add(want, have, self.sums, self.blocks)
-        for reading, measure in self.measures:
-            if all(name in want for name in reading.outputs):
-                measure.add(feed, want, have)
+        """Add a batch without its padding."""
+        for feed, want, have in Padding(batch[0]).parts(batch):
+            add(want, have, self.sums, self.blocks)
+            for reading, measure in self.measures:
+                if all(name in want for name in reading.outputs):
+                    measure.add(feed, want, have)
 
     def facts(self, samples: int, source: str) -> Fidelity:
         """Return the result of all batches."""
