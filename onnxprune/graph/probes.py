@@ -141,6 +141,26 @@ def bind_shapes(
     return dimensions.shapes(dimensions.guess(batch, sequence))
 
 
+def sample_axes(specs: Sequence[InputSpec]) -> dict[str, int]:
+    """Return the axes of the samples of inputs that have them elsewhere than in front: {input: axis, 1 or more}.
+
+    Such are the states of recurrent nets, [layers, samples, size], and caches of several layers in one tensor. Their
+    leading size is fixed, and another dimension is called like the samples of other inputs, or is open where a state's
+    samples are.
+    """
+    leading = {spec.shape[0] for spec in specs if spec.shape and not isinstance(spec.shape[0], int)}
+
+    def is_batch(spec: InputSpec, axis: int) -> bool:
+        dim = spec.shape[axis]
+        if isinstance(dim, str):
+            return dim in leading or "batch" in dim.lower()
+        return dim is None and bool(leading) and _kind(spec, axis) == "batch"
+
+    states = (spec for spec in specs if spec.shape and isinstance(spec.shape[0], int))
+    places = {spec.name: [a for a in range(1, len(spec.shape)) if is_batch(spec, a)] for spec in states}
+    return {name: axes[0] for name, axes in places.items() if len(axes) == 1}
+
+
 def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
     """Check one override against the input's own shape, bind its dimensions, and return the input with a rank."""
     stated, declared = ",".join(map(str, sizes)), format_shape(spec.shape)

@@ -429,9 +429,13 @@ def _update(request: Request, value: Array) -> None:
 
 
 def count(feed: Feed) -> int:
-    """Return the number of samples of one call: the leading size that most inputs share."""
+    """Return the number of samples of one call: the leading size that most inputs share.
+
+    States [layers, samples, size] share it by their second axis.
+    """
     sizes = [len(array) for array in feed.values() if array.ndim]
-    return max(set(sizes), key=sizes.count) if sizes else 1
+    inner = [array.shape[1] for array in feed.values() if array.ndim == 3 and array.shape[0] != array.shape[1]]
+    return max(dict.fromkeys(sizes), key=lambda size: sizes.count(size) + inner.count(size), default=1)
 
 
 def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, argument
-from onnxprune.graph.probes import InputSpec
+from onnxprune.graph.probes import InputSpec, sample_axes
 from onnxprune.runtime import images
 from onnxprune.runtime.arrays import (
     HINT,
@@ -32,7 +32,7 @@ from onnxprune.runtime.arrays import (
     rows_in_memory,
 )
 from onnxprune.runtime.images import ImageOptions
-from onnxprune.runtime.matching import cast, match
+from onnxprune.runtime.matching import cast, match, spec_samples_first
 from onnxprune.runtime.sessions import Array, Feed
 
 _IN_MEMORY = 64 << 20  # bytes kept of a source that can be read once; the rest goes to a temporary file
@@ -406,6 +406,9 @@ def _steps(part: Arrays, specs: Sequence[InputSpec], batch_size: int) -> tuple[d
         _same(samples, "samples")
         return dict.fromkeys(samples, batch_size), -(-next(iter(samples.values())) // batch_size)
     calls = {name: samples[name] // size for name, size in fixed.items()}
+    if len(set(samples.values())) == 1 and min(calls.values()) > 0:
+        # Recordings of several calls, joined and all cut to one length: the first calls are whole in all of them.
+        calls = dict.fromkeys(calls, min(calls.values()))
     _same(calls, "batches of samples")
     count = next(iter(calls.values()))
     return {name: fixed.get(name) or _step_beside(name, samples, fixed, count) for name in samples}, count
@@ -474,8 +477,11 @@ class Samples:
         self._source, self._limit, self._min_samples = source, samples, samples
         self._change: Callable[[Feed], Feed] | None = None
         self._totals: Totals | None = None
+        self._axes = sample_axes(self.specs)
+        # Samples are counted and cut along axis 0 of every array; a call gets them where its inputs have them.
+        self._split_specs = [spec_samples_first(spec, self._axes.get(spec.name, 0)) for spec in self.specs]
         if source.known and specs:
-            cutter = Cutter(self.specs, batch_size or _BATCH)
+            cutter = Cutter(self._split_specs, batch_size or _BATCH)
             self._totals = cutter.totals(self._parts())
             self._enough(self._totals.rows, self._totals.usable, cutter)
 
@@ -522,12 +528,13 @@ class Samples:
             return
         unit = self._source.unit
         limit = None if self._limit is None else self._limit * unit
-        cutter = Cutter(self.specs, size if limit is None else min(size, limit))
+        cutter = Cutter(self._split_specs, size if limit is None else min(size, limit))
         num_used = 0
         for batch in cutter.batches(self._parts()):
             cropped = batch if limit is None else batch.first(limit - num_used)
             num_used += cropped.rows
-            yield cropped.feed if self._change is None else self._change(cropped.feed)
+            feed = self._call(cropped.feed)
+            yield feed if self._change is None else self._change(feed)
             if limit is not None and num_used >= limit:
                 return
         self._enough(num_used + cutter.dropped, num_used, cutter)
@@ -551,6 +558,13 @@ class Samples:
                 digest.update(_content(array))
         return digest.hexdigest()
 
+    def _call(self, feed: Feed) -> Feed:
+        """Return the arrays of a call with samples along the axes where the inputs have them."""
+        if not self._axes:
+            return feed
+        moved = {n: np.ascontiguousarray(np.moveaxis(feed[n], 0, axis)) for n, axis in self._axes.items()}
+        return {**{n: array for n, array in feed.items() if n not in moved}, **moved}
+
     def _parts(self) -> Iterator[Arrays]:
         return (match(part, self.specs) for part in self._source.parts())
 
@@ -559,7 +573,7 @@ class Samples:
         if not rows:
             raise UsageError("the data holds no arrays", hint=HINT)
         if not usable:
-            name = next(spec.name for spec in self.specs if spec.shape and spec.shape[0] == cutter.fixed)
+            name = next(s.name for s in self._split_specs if s.shape and s.shape[0] == cutter.fixed)
             raise too_few(cutter.place, rows, name, cutter.fixed)
         num_units = rows // self._source.unit
         if self._min_samples is not None and num_units < self._min_samples:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import permutations
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, permutations, repeat
 from typing import Any
 
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.graph.probes import InputSpec
+from onnxprune.graph.probes import InputSpec, format_shape, sample_axes
 from onnxprune.runtime.arrays import HINT, UNNAMED, Arrays, Rows
 from onnxprune.runtime.sessions import Array, eps
 
@@ -36,21 +37,107 @@ def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Arrays:
             f"data has array {unexpected[0]!r}, which is no input, and none for input {missing[0]!r}",
             hint=nearest(unexpected[0], names),
         )
-    result = {spec.name: _with_samples(part[spec.name], spec) for spec in specs}
+    axes = sample_axes(specs)
+    result = {spec.name: _with_samples(part[spec.name], spec, axes.get(spec.name, 0)) for spec in specs}
     for spec in specs:
         _check(result[spec.name], spec)
     # An empty cache is data; nothing but empty arrays is not.
     if all(0 in rows.shape for rows in result.values()):
         rows = next(iter(result.values()))
         raise UsageError(f"{rows.place} holds no numbers: its shape is {list(rows.shape)}")
+    return _samples_first(result, specs, axes) if axes else result
+
+
+def _with_samples(rows: Rows, spec: InputSpec, axis: int) -> Rows:
+    """Return the array with an axis of samples: an array one rank short of its input is one sample."""
+    if len(rows.shape) != len(spec.shape) - 1:
+        return rows
+    shape = (*rows.shape[:axis], 1, *rows.shape[axis:])
+    return Rows(shape, rows.dtype, lambda _: iter([rows.read().reshape(shape)]), rows.place)
+
+
+def spec_samples_first(spec: InputSpec, axis: int) -> InputSpec:
+    """Return the input with its axis of samples in front."""
+    return replace(spec, shape=(spec.shape[axis], *spec.shape[:axis], *spec.shape[axis + 1 :])) if axis else spec
+
+
+def _samples_first(arrays: Arrays, specs: Sequence[InputSpec], axes: Mapping[str, int]) -> Arrays:
+    """Return the arrays with the samples of states in front too, and one state for all samples repeated.
+
+    States of several calls stand one behind the other along their first axis, as joined recordings give them. Arrays
+    that are all cut to one number of rows then hold whole states for the first samples only, which are taken.
+
+    Raises:
+        UsageError: a state lacks some of its rows.
+    """
+    lengths = {rows.shape[0] for rows in arrays.values() if rows.shape}
+    result = dict(arrays)
+    for spec in specs:
+        if spec.name in axes:
+            result[spec.name] = _state_by_sample(arrays[spec.name], spec, axes[spec.name])
+    samples = max((arrays[s.name].shape[0] for s in specs if s.name not in axes and arrays[s.name].shape), default=1)
+    states = {name: result[name].shape[0] for name in axes}
+    least = min(states.values())
+    for name, rows in result.items():
+        if states.get(name) == 1 < samples:
+            result[name] = _repeated(rows, samples)
+        elif rows.shape and len(lengths) == 1 and 1 < least < rows.shape[0]:
+            result[name] = replace(rows, shape=(least, *rows.shape[1:]), chunks=_first(rows, least))
     return result
 
 
-def _with_samples(rows: Rows, spec: InputSpec) -> Rows:
-    """Return the array with axis 0 as samples: an array one rank short of its input is one sample."""
-    if len(rows.shape) != len(spec.shape) - 1:
-        return rows
-    return Rows((1, *rows.shape), rows.dtype, lambda _: iter([rows.read()[None]]), rows.place)
+def _state_by_sample(rows: Rows, spec: InputSpec, axis: int) -> Rows:
+    """Return an array [calls * layers, ..., samples, ...], of an input [layers, ..., samples, ...], samples first."""
+    layers = spec.shape[0]
+    assert isinstance(layers, int)
+    calls, each = rows.shape[0] // layers, rows.shape[axis]
+    if not calls:
+        raise UsageError(
+            f"{rows.place} has shape {list(rows.shape)}; input {spec.name!r} takes {format_shape(spec.shape)}",
+            hint=f"Axis 0 holds {layers} rows of every state, axis {axis} the samples.",
+        )
+
+    def chunks(number: int) -> Iterator[Array]:
+        remainder: Array | None = None
+        for part in rows.chunks(layers * max(1, number // each)):
+            num_states = len(part) // layers
+            states = np.moveaxis(part[: num_states * layers].reshape(num_states, layers, *part.shape[1:]), axis + 1, 1)
+            states = states.reshape(num_states * each, *states.shape[2:])
+            states = states if remainder is None else np.concatenate([remainder, states])
+            for start in range(0, len(states) - number + 1, number):
+                yield states[start : start + number]
+            remainder = states[len(states) // number * number :]
+        if remainder is not None and len(remainder):
+            yield remainder
+
+    others = (n for a, n in enumerate(rows.shape) if a not in (0, axis))
+    return Rows((calls * each, layers, *others), rows.dtype, chunks, rows.place)
+
+
+def _repeated(rows: Rows, samples: int) -> Rows:
+    """Return one sample repeated."""
+
+    def chunks(number: int) -> Iterator[Array]:
+        one = rows.read()
+        full, short = divmod(samples, number)
+        sizes = chain(repeat(number, full), (short,) * bool(short))
+        return (np.repeat(one, size, axis=0) for size in sizes)
+
+    return replace(rows, shape=(samples, *rows.shape[1:]), chunks=chunks)
+
+
+def _first(rows: Rows, samples: int) -> Callable[[int], Iterator[Array]]:
+    """Return a reader of the first samples."""
+
+    def chunks(number: int) -> Iterator[Array]:
+        remaining = samples
+        for part in rows.chunks(number):
+            yield part[:remaining]
+            remaining -= len(part)
+            if remaining <= 0:
+                return
+
+    return chunks
 
 
 def _check(rows: Rows, spec: InputSpec) -> None:

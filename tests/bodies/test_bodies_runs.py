@@ -195,3 +195,41 @@ def test_a_latency_table_names_the_node_itself_once(tmp_path: Path) -> None:
     kinds = [node.op for node in found.facts.nodes]
     assert kinds.count("Scan") == 1 and not any(kind.startswith("Body") for kind in kinds)
     assert {"us", "o"} & {node.name for node in found.facts.nodes}
+
+
+SPEECH = """
+speech (float[?, 1, 32] x, float[2, ?, 4] state, int64 rate) => (float[?, 1] y, float[2, ?, 4] after) {
+    wide = Constant <value_int = 16000> ()
+    is_wide = Equal (rate, wide)
+    y, after = If (is_wide) <then_branch = fine () => (y1, after1) {
+        u = Conv <strides = [4], pads = [1, 1]> (x, w0)
+        v = Relu (u)
+        s = Transpose <perm = [2, 0, 1]> (v)
+        h0, c0 = Split <axis = 0> (state)
+        o, h, c = LSTM <hidden_size = 4> (s, wx, wh, , , h0, c0)
+        after1 = Concat <axis = 0> (h, c)
+        t = Squeeze (h, zero)
+        y1 = Gemm (t, w1)
+    }, else_branch = coarse () => (y2, after2) {
+        p = Conv <strides = [8]> (x, w2)
+        q = Relu (p)
+        m = GlobalAveragePool (q)
+        k = Flatten (m)
+        y2 = Gemm (k, w3)
+        after2 = Identity (state)
+    }>
+}"""
+
+
+def test_a_recurrent_net_with_states_for_inputs_runs_on_recorded_calls() -> None:
+    """The batch is the second axis of the states; the recording joins them, and all arrays, to one number of rows."""
+    model = build(
+        SPEECH, w0=(16, 1, 3), wx=(1, 16, 16), wh=(1, 16, 4), w1=(4, 1), w2=(8, 1, 8), w3=(8, 1), zero=np.array([0])
+    )
+    draw = np.random.default_rng(1)
+    shapes = {"x": (80, 1, 32), "state": (80, 1, 4)}
+    data = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    data["rate"] = np.array(16000)
+    result = op.prune(model, ratio=0.5, data=data, latency=False)
+    assert result.report.exactness.passed and result.report.recovery.samples + result.report.recovery.aside == 40
+    assert sizes(result.model, "w0") == [8, 1, 3] and sizes(result.model, "wx") == [1, 16, 8]

@@ -10,6 +10,7 @@ import pytest
 
 from onnxprune.errors import UsageError
 from onnxprune.graph.probes import InputSpec
+from onnxprune.runtime.capture import count
 from onnxprune.runtime.data import open_source
 from onnxprune.runtime.inputs import load_data
 from onnxprune.runtime.sessions import open_session, run
@@ -99,6 +100,45 @@ def test_free_input_keeps_step_with_a_fixed_one_of_as_many_samples() -> None:
         {"a": np.zeros((11, 3), np.float32), "b": np.zeros((11, 3))}, [spec("a", 4, 3), spec("b", "N", 3)]
     )
     assert [(len(f["a"]), len(f["b"])) for f in feeds] == [(4, 4), (4, 4)]
+
+
+STATE = spec("h", 2, None, 4)
+EACH = np.arange(80, dtype=np.float32).reshape(10, 2, 4)  # a state of every sample
+
+
+@pytest.mark.parametrize(
+    ("array", "samples"),
+    [
+        (EACH.reshape(20, 1, 4), 10),  # recorded call by call
+        (EACH.reshape(20, 1, 4)[:10], 5),  # and cut, with all arrays, to as many rows
+        (EACH.transpose(1, 0, 2), 10),  # all samples of one call
+        (EACH[:1].transpose(1, 0, 2), 10),  # one state for all
+        (EACH[0], 10),
+    ],
+)
+@pytest.mark.parametrize("state", [STATE, spec("h", 2, "N", 4), spec("h", 2, "batch", 4)])
+def test_states_have_their_samples_along_the_second_axis(array: np.ndarray, samples: int, state: InputSpec) -> None:
+    x = spec("x", None if state is STATE else state.shape[1], 3)
+    each = EACH if array.size > 8 else EACH[:1].repeat(10, axis=0)
+    for source in ({"h": array, "x": ROWS}, [{"h": array, "x": ROWS}]):
+        feeds = load_data(source, [state, x], batch_size=4)
+        assert [feed["h"].shape for feed in feeds] == [(2, len(feed["x"]), 4) for feed in feeds]
+        assert np.array_equal(np.concatenate([feed["x"] for feed in feeds]), ROWS[:samples])
+        states = np.concatenate([feed["h"] for feed in feeds], axis=1)
+        assert np.array_equal(states.transpose(1, 0, 2), each[:samples])
+        assert [count(feed) for feed in feeds] == [len(feed["x"]) for feed in feeds]
+
+
+def test_states_that_do_not_fit_their_samples() -> None:
+    x = spec("x", None, 3)
+    text = message({"h": EACH.reshape(20, 1, 4)[:14], "x": ROWS}, STATE, x)
+    assert text == "data holds different numbers of samples per input: 'h': 7, 'x': 10"
+    text = message({"h": EACH[:1, :1], "x": ROWS}, STATE, x)
+    assert text.startswith("array 'h' has shape [1, 1, 4]; input 'h' takes [2, ?, 4]")
+    sequence = spec("x", 2, None, 3)  # one input: a batch of two sequences
+    assert [feed["x"].shape for feed in load_data(ROWS.reshape(2, 5, 3), [sequence])] == [(2, 5, 3)]
+    recorded = {"h": EACH.reshape(20, 1, 4)[:10], "x": ROWS}
+    assert len(load_data(recorded, [spec("h", 2, 1, 4), spec("x", 1, 3)])) == 5
 
 
 def test_folder_joins_samples_or_takes_one_file_per_input(tmp_path: Path) -> None:
