@@ -18,7 +18,7 @@ ROOT = Path(onnxprune.__file__).parent
 LONGEST_FUNCTION = 60
 
 STAGES = [
-    {"errors", "plugins", "garbage", "targets", "report.facts", "io.files"},
+    {"errors", "plugins", "garbage", "globs", "targets", "report.facts", "io.files"},
     {"settings"},
     {"operators.registry", "operators.codes", "operators.operands", "operators.contractions", "operators.kernels"},
     {"io"},

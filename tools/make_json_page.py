@@ -338,41 +338,36 @@ MEANINGS = {
         "losses": "loss at each share",
     },
     "LayerTimes": {"before, after": "{node of the original: milliseconds in the original, and in the result}"},
-    "Finetuning": {
+    "TrainingCourse": {
         "steps": "steps of the optimiser",
         "seconds": "time of the training",
         "batch": "samples of a step",
-        "samples, aside": "samples to train on, and held-out ones that decide",
+        "samples": "samples that steps are drawn from",
+        "aside": "samples of the hold-out, which decide",
+        "losses": "without penalties, of the first step and of the last 20 on average",
+        "curve": "pairs of a step and of the points lost on the hold-out (100 less the points)",
+        "before": "fidelity on the hold-out before the training",
+        "after": "fidelity there with the best weights",
+        "undone": "whether no step was better than the start",
+        "stopped": "why it ended early; empty: it did not",
+        "by_labels": "points by the labels of the hold-out before and after: accuracy in percent, or 100 R²; empty "
+        "without labels",
+    },
+    "Finetuning": {
         "trained": "number of weights that were trained",
         "frozen": "weights that were not, with the reason",
         "augmentation": "how samples were varied",
-        "losses": "of the first step, and of the last 20 on average",
-        "curve": "pairs of a step and 100 less the points on the hold-out",
-        "by_labels": "points by the labels of the hold-out before and after: accuracy in percent, or 100 R²",
         "blocks": "number of blocks that were trained one after the other; 0: the model was trained as a whole",
-        "before, after": "fidelity on the hold-out",
-        "undone": "whether nothing was better than before",
-        "stopped": "why it ended early; empty: it did not",
     },
     "Regularized": {
         "kind": "the penalty",
         "groups": "what its norms are taken of",
         "strength": "its strength at the end",
-        "steps": "steps of the optimiser",
-        "seconds": "time of the training",
-        "batch": "samples of a step",
-        "samples": "samples that steps were drawn from",
-        "aside": "samples of the hold-out",
         "units": "units that it looked at",
         "zeros": "units among these that were 0 at the end",
         "density": "share of the trained weights that are not 0",
-        "losses": "of the first step, and of the last 20 on average, without the penalty",
-        "curve": "(step, points lost on the hold-out and a point for every percent of the units that should be 0)",
-        "before": "fidelity on the hold-out before",
-        "after": "the same behind the best weights, before the removal",
-        "undone": "whether nothing was better than before",
-        "stopped": "why it ended early; empty: it did not",
-        "by_labels": "points by the labels of the hold-out, before and after; empty without labels",
+        "curve": "pairs of a step and of the points lost on the hold-out, a point more for every percent of the units "
+        "that should be 0 and are not",
     },
     "DeadChannels": {
         "units": "units of all groups that can be pruned",
@@ -493,7 +488,8 @@ def texts_below(cls: type) -> dict[str, str]:
 
 def meaning(cls: type, name: str) -> str:
     """What a field means; a field that nobody explains is an error."""
-    here = {n: words for names, words in MEANINGS.get(cls.__name__, {}).items() for n in names.split(", ")}
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    here = {n: words for b in bases for names, words in MEANINGS.get(b.__name__, {}).items() for n in names.split(", ")}
     words = texts_below(cls).get(name) or here.get(name)
     assert words, f"explain {cls.__name__}.{name}: a text below the field, or a line in tools/make_json_page.py"
     return words.replace("``", "`").replace("|", "\\|").rstrip(".")

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.allocation.rounding import Rounding, rounded_counts
-from onnxprune.allocation.settings import Request, is_excluded, own_ratio
+from onnxprune.allocation.settings import Request
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import FEW, Group
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.channels.survivors import Survivors
+from onnxprune.globs import last_match, reason_to_exclude
 from onnxprune.graph import cost
 from onnxprune.graph.view import Node
 from onnxprune.importance.scores import columns, over_columns
@@ -484,12 +485,13 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
             if groups[child].prunable:
                 result.two_way |= {group.id, child}
         names = analysis.names_of(group) if request.patterned else []
-        ratio = own_ratio(names, request)
-        result.ratios[group.id] = None if is_excluded(names, request) else request.ratio if ratio is None else ratio
-        if ratio is not None:
-            result.local.add(group.id)
-        if result.ratios[group.id] is None:
+        if reason_to_exclude(names, request.include, request.exclude):
+            result.ratios[group.id] = None
             continue
+        own = last_match(names, request.layers)
+        result.ratios[group.id] = request.ratio if own is None else own[1]
+        if own is not None:
+            result.local.add(group.id)
         if request.group_policy == "none" and group.size != group.steps:
             result.excluded[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none prunes no channels in several rows"
         else:

@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import Any
 
 from onnxprune.devices import Kernels, kernels_of
-from onnxprune.errors import UsageError, argument, nearest
+from onnxprune.errors import argument
+from onnxprune.globs import check_patterns
 from onnxprune.settings import checked, default
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Return whether a glob matches a name, case-sensitively."""
-    return name == pattern or fnmatchcase(name, pattern)
-
-
-def check(requested: Iterable[tuple[str, Collection[str]]], names: Iterable[str]) -> None:
-    """Check that every pattern matches some node or weight of the model.
-
-    Args:
-        requested: pairs of an option and its patterns.
-        names: names of nodes and weights.
-
-    Raises:
-        UsageError: one does not; the nearest name is suggested.
-    """
-    requested = [(option, patterns) for option, patterns in requested if patterns]
-    existing = sorted({n for n in names if n}) if requested else []
-    for option, patterns in requested:
-        for pattern in patterns:
-            if not any(matches(name, pattern) for name in existing):
-                raise UsageError(f"{option} {pattern!r} matches no node or weight.", hint=_wider(pattern, existing))
-
-
-def _wider(pattern: str, existing: Sequence[str]) -> str:
-    """Return a hint for a pattern without a match: the pattern between stars if that matches, else the nearest name."""
-    wildcard = f"*{pattern.strip('*')}*"
-    if wildcard != "**" and any(matches(name, wildcard) for name in existing):
-        return f"A pattern matches whole names. Did you mean {wildcard!r}?"
-    return nearest(pattern, existing)
-
 
 WIDEST = 0.9
 """The largest share that a group loses where groups compete with each other, unless ``max_ratio`` says otherwise."""
@@ -163,24 +131,11 @@ def request_of(ratio: float, options: Options) -> Request:
     return Request(ratio=ratio, **values)
 
 
-def check_patterns(request: Request, names: Iterable[str]) -> None:
-    """Check that every pattern matches some node or weight of the model.
+def check_names(request: Request, names: Iterable[str]) -> None:
+    """Check that every pattern of a request matches some node or weight of the model.
 
     Raises:
         UsageError: one does not; the nearest name is suggested.
     """
     names = list(names)
-    check([(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")], names)
-
-
-def is_excluded(names: Sequence[str], request: Request) -> bool:
-    """Return whether ``exclude`` or ``include`` excludes a group that has these node and weight names."""
-    if any(matches(n, p) for n in names for p in request.exclude):
-        return True
-    return bool(request.include) and not any(matches(n, p) for n in names for p in request.include)
-
-
-def own_ratio(names: Sequence[str], request: Request) -> float | None:
-    """Return the ratio that ``layers`` gives to a group with these names, later patterns first; None for none."""
-    ratios = [ratio for pattern, ratio in request.layers.items() if any(matches(n, pattern) for n in names)]
-    return ratios[-1] if ratios else None
+    check_patterns([(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")], names)

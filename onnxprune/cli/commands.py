@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,6 +16,7 @@ from rich.text import Text
 from onnxprune.cli import output
 from onnxprune.cli.options import CommandOptions, beside, check_criterion, command, existing
 from onnxprune.errors import BudgetError, Note, OnnxpruneError, UsageError, argument
+from onnxprune.globs import last_match, reason_to_exclude
 from onnxprune.io import files
 from onnxprune.report import numbers, page, reasons, sparsity, summary, tables
 from onnxprune.report.console import Screen, plain
@@ -321,20 +321,16 @@ def _requested_ratio(options: CommandOptions, names: Sequence[str]) -> float | N
     """
     if options.plan is not None or options.has_budget or options.remove_dead:
         return 0.0
-    if _match(names, options.exclude) or (options.include and not _match(names, options.include)):
+    if reason_to_exclude(names, options.include, options.exclude):
         return None
-    matching = [share for pattern, share in options.layers if _match(names, [pattern])]
+    own = last_match(names, dict(options.layers))
     competing = (
         options.data is not None and options.criterion is None if options.scope == "auto" else options.scope != "local"
     )
-    if not matching and competing:
+    if own is None and competing:
         return 0.0
-    share: float = matching[-1] if matching else options.ratio
+    share: float = options.ratio if own is None else own[1]
     return min(share, options.max_ratio or 1.0)
-
-
-def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _parts(options: CommandOptions, report: Report, screen: Screen) -> list[RenderableType]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from onnxprune.allocation.settings import matches
 from onnxprune.errors import UsageError, argument
 from onnxprune.factorization.decompositions import METHODS, Ranks
+from onnxprune.globs import last_match, reason_to_exclude
 from onnxprune.settings import checked, default
 
 AUTO = "auto"
@@ -117,21 +117,18 @@ class Request(Options):
             return {**settings, **({"energy": self.energy} if self.energy is not None else {"vbmf": self.vbmf})}
         return {**settings, "ratio": self.share, "scope": self.scope}
 
-    def excluded(self, names: Sequence[str]) -> bool:
+    def is_excluded(self, names: Sequence[str]) -> bool:
         """Return whether ``exclude`` or ``include`` excludes a layer with these names."""
-        if any(matches(n, p) for n in names for p in self.exclude):
-            return True
-        return bool(self.include) and not any(matches(n, p) for n in names for p in self.include)
+        return bool(reason_to_exclude(names, self.include, self.exclude))
 
     def ratio_of(self, names: Sequence[str]) -> float:
         """Return the ratio of a layer with these names: that of the last pattern in ``layers``, else the common one."""
-        ratios = [r for p, r in self.layers.items() if any(matches(n, p) for n in names)]
-        return ratios[-1] if ratios else self.share
+        own = last_match(names, self.layers)
+        return self.share if own is None else own[1]
 
     def ranks_of(self, names: Sequence[str]) -> tuple[str, Ranks] | None:
         """Return the last pattern that matches, and its ranks."""
-        entries = [(p, r) for p, r in self.ranks.items() if any(matches(n, p) for n in names)]
-        return entries[-1] if entries else None
+        return last_match(names, self.ranks)
 
 
 def request_of(method: str, options: Options) -> Request:

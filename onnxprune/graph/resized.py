@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.errors import UsageError, argument, nearest
+from onnxprune.globs import matches
 from onnxprune.graph.caches import find_caches
 from onnxprune.graph.view import Graph
 
@@ -55,13 +55,13 @@ class Resizing:
             return Resizing(self.patterns, self.caches, frozenset(n for n in self.names or () if n in present))
         names: set[str] = set()
         for pattern in self.patterns:
-            matches = [name for name in present if fnmatchcase(name, pattern)]
-            if not matches:
+            matching = [name for name in present if matches(name, pattern)]
+            if not matching:
                 raise UsageError(
                     f"{argument('resize_io', pattern)} matches no input or output of the model",
                     hint=nearest(pattern, present),
                 )
-            names.update(matches)
+            names.update(matching)
         pairs = find_caches(graph) if names or self.caches else []
         if self.caches and not pairs:
             raise UsageError(

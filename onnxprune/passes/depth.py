@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.allocation.settings import check, matches
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan, PlanBranch, check_model
 from onnxprune.errors import BudgetError, ModelError, UsageError, argument, nearest
+from onnxprune.globs import check_patterns, reason_to_exclude
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import with_parts
 from onnxprune.io.subgraphs import outline_bodies
@@ -119,18 +119,15 @@ class Shortening:
         labels = [node.label for node in analysis.graph.nodes]
         ends = [name for branch in self.branches for name in branch.names]
         patterns = [(argument(name), getattr(self, name)) for name in ("include", "exclude")]
-        check(patterns, [*loaded.weights, *analysis.graph.weights, *labels, *ends])
+        check_patterns(patterns, [*loaded.weights, *analysis.graph.weights, *labels, *ends])
 
     @property
     def free(self) -> list[Branch]:
         """The branches that patterns let go; ``reasons`` has why others do not."""
         free = []
         for branch in self.branches:
-            names = branch.names
-            if any(matches(n, p) for n in names for p in self.exclude):
-                self.reasons[branch.tensor] = "excluded"
-            elif self.include and not any(matches(n, p) for n in names for p in self.include):
-                self.reasons[branch.tensor] = "not included"
+            if reason := reason_to_exclude(branch.names, self.include, self.exclude):
+                self.reasons[branch.tensor] = reason
             else:
                 free.append(branch)
         return free

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.allocation.settings import check, matches
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan, PlanExperts, check_model
 from onnxprune.channels.selection import removed_atoms
 from onnxprune.errors import BudgetError, Note, UsageError, argument, nearest
+from onnxprune.globs import check_patterns, reason_to_exclude
 from onnxprune.graph.cost import constant_source
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.read import Loaded, with_parts
@@ -134,7 +134,9 @@ class _Work:
             work._judge(mixture)
         names = [name for m in work.mixtures for name in work.names_of(m)]
         patterns = [(argument("include"), include), (argument("exclude"), exclude)]
-        check(patterns, [*loaded.weights, *original.graph.weights, *(n.label for n in original.graph.nodes), *names])
+        check_patterns(
+            patterns, [*loaded.weights, *original.graph.weights, *(n.label for n in original.graph.nodes), *names]
+        )
         work._filter(include, exclude)
         if not work.mixtures:
             reasons = [f"{name}: {why}" for name, why in work.reasons.items()][:3]
@@ -188,12 +190,10 @@ class _Work:
         return [*labels, mixture.choice, *weights, *stacks, *mixture.layers, *chain(*mixture.weights.values())]
 
     def _filter(self, include: Sequence[str], exclude: Sequence[str]) -> None:
-        """Leave the mixtures that patterns let go."""
+        """Remove mixtures that patterns exclude, and note why."""
         for mixture in list(self.mixtures):
-            names = self.names_of(mixture)
-            left_out = bool(include) and not any(matches(n, p) for n in names for p in include)
-            if any(matches(n, p) for n in names for p in exclude) or left_out:
-                self.reasons[mixture.name] = "not included" if left_out else "excluded"
+            if reason := reason_to_exclude(self.names_of(mixture), include, exclude):
+                self.reasons[mixture.name] = reason
                 self.mixtures.remove(mixture)
 
     def of_plan(self, plan: Plan) -> Removed:

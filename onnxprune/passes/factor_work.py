@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.settings import check
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import UsageError, argument
@@ -17,6 +16,7 @@ from onnxprune.factorization.decompositions import METHODS, Degenerate, Metric, 
 from onnxprune.factorization.layers import Layer, LayerScan, ShapeOf, find_layers
 from onnxprune.factorization.rewriting import Factorized
 from onnxprune.factorization.settings import Request
+from onnxprune.globs import check_patterns
 from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.io.weights import Weight
@@ -140,9 +140,9 @@ def prepare_work(
     scan = find_layers(model.graph, shape)
     names = (*model.weights, *(n.label for n in model.graph.nodes))
     patterns = [(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")]
-    check([*patterns, (argument("rank"), request.ranks)], names)
+    check_patterns([*patterns, (argument("rank"), request.ranks)], names)
     for layer in list(scan.layers):
-        why = "" if all_layers or not request.excluded(list(layer.names)) else _EXCLUDED
+        why = "" if all_layers or not request.is_excluded(list(layer.names)) else _EXCLUDED
         why = why or _refusal(model, layer, methods)
         if why:
             scan.layers.remove(layer)

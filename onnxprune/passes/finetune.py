@@ -561,23 +561,29 @@ class Training:
     def facts(self, course: Course) -> Finetuning:
         """Return the facts of the training."""
         return Finetuning(
-            steps=course.steps,
-            seconds=course.seconds,
-            batch=self.settings.batch_size,
-            samples=self.split.num_fit,
-            aside=self.split.num_held_out,
             trained=len(self.parameters.spans),
             frozen=dict(self.frozen),
             augmentation="" if self.augmentation is None else self.augmentation.name,
-            losses=course.ends,
-            curve=course.curve,
-            before=self.before,
-            after=self.after or self.before,
-            undone=course.best == 0,
-            stopped=course.stopped,
-            by_labels=self.by_labels,
             blocks=self.blocks,
+            **self.course_facts(course),
         )
+
+    def course_facts(self, course: Course) -> dict[str, Any]:
+        """Return the fields of :class:`TrainingCourse`."""
+        return {
+            "steps": course.steps,
+            "seconds": course.seconds,
+            "batch": self.settings.batch_size,
+            "samples": self.split.num_fit,
+            "aside": self.split.num_held_out,
+            "losses": course.ends,
+            "curve": course.curve,
+            "before": self.before,
+            "after": self.after or self.before,
+            "undone": course.best == 0,
+            "stopped": course.stopped,
+            "by_labels": self.by_labels,
+        }
 
     def remarks(self, facts: Finetuning) -> list[str]:
         """Return warnings."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.settings import AUTO, Options, Request, check_patterns, request_of
+from onnxprune.allocation.settings import AUTO, Options, Request, check_names, request_of
 from onnxprune.channels.analysis import Analysis, GroupView
 from onnxprune.channels.plan import Plan
 from onnxprune.channels.selection import make_plan, read_plan, removed_atoms
@@ -163,7 +163,7 @@ class Prune(Pass, Options):
                 analysis = Analysis(source, approximate=self.approximate, **known)
             analysis = analysis.with_digest_of(context.analysis)
         labels = (n.label for n in analysis.graph.nodes)
-        check_patterns(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
+        check_names(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
         return analysis
 
     def _cut(

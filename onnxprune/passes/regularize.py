@@ -223,21 +223,10 @@ class _Regularization(Training):
             kind=self.options.kind,
             groups=self.options.groups,
             strength=self.penalty.strength,
-            steps=course.steps,
-            seconds=course.seconds,
-            batch=self.settings.batch_size,
-            samples=self.split.num_fit,
-            aside=self.split.num_held_out,
             units=int(self.penalty.penalized.sum()),
             zeros=zeros,
             density=float(np.count_nonzero(vector)) / max(vector.size, 1),
-            losses=course.ends,
-            curve=course.curve,
-            before=self.before,
-            after=self.after or self.before,
-            undone=course.best == 0,
-            stopped=course.stopped,
-            by_labels=self.by_labels,
+            **self.course_facts(course),
         )
 
 

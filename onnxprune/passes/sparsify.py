@@ -9,10 +9,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from onnxprune.allocation.settings import check
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import BudgetError, UsageError, argument
+from onnxprune.globs import check_patterns
 from onnxprune.graph.inference import probe_at
 from onnxprune.io.write import assemble
 from onnxprune.labels.atoms import Reason
@@ -124,7 +124,7 @@ class _Work:
         model = Prepared(*current.parts)
         scan = scan_layers(current.analysis, model)
         names = (*model.weights, *(n.label for n in model.graph.nodes))
-        check([(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")], names)
+        check_patterns([(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")], names)
         reasons, layers = dict(scan.reasons), []
         for layer in scan.layers:
             why = _why_not(layer, request, model)

@@ -456,17 +456,15 @@ class Recovery:
     undone: bool = False
 
 
-@dataclass(slots=True)
-class Finetuning:
-    """Training of a model towards its original.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCourse:
+    """Course of a training, judged on a hold-out.
 
-    ``batch`` samples a step, drawn from ``samples``; ``aside`` are the hold-out. ``trained`` weights; ``frozen`` ones
-    with the reason. ``losses`` of the first step and of the last 20 on average; ``curve``: (step, distance from the
-    original on the hold-out), where the distance is 100 less the points of fidelity. ``before`` and ``after`` are the
-    fidelity there; ``undone``: nothing was better than before; ``stopped``: why it ended early, else empty.
-    ``by_labels``: points by the labels of the hold-out before and after, accuracy in percent or 100 R^2; empty without.
-    The distance is then the mean of both. ``blocks``: the number of blocks that were trained one after the other; 0
-    where the model was trained as a whole.
+    ``batch`` samples a step, drawn from ``samples``; ``aside`` are the hold-out. ``losses`` without penalties, of the
+    first step and of the last 20 on average; ``curve``: pairs of a step and the objective on the hold-out. ``before``
+    and ``after`` are the fidelity there; ``undone``: no step was better than the start; ``stopped``: why it ended
+    early, else empty. ``by_labels``: points by the labels of the hold-out before and after, accuracy in percent or
+    100 R^2; empty without labels.
     """
 
     steps: int
@@ -474,16 +472,27 @@ class Finetuning:
     batch: int
     samples: int
     aside: int
-    trained: int
-    frozen: dict[str, str]
-    augmentation: str
     losses: list[float]
     curve: list[tuple[int, float]]
     before: Fidelity
     after: Fidelity
     undone: bool
-    stopped: str
+    stopped: str = ""
     by_labels: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetuning(TrainingCourse):
+    """Training of a model towards its original.
+
+    ``trained`` weights; ``frozen`` ones with the reason. The objective is 100 less the points of fidelity, or with
+    labels the mean of this and of 100 less the points by labels. ``blocks``: number of blocks that were trained one
+    after the other; 0 where the model was trained as a whole.
+    """
+
+    trained: int
+    frozen: dict[str, str]
+    augmentation: str
     blocks: int = 0
 
 
@@ -970,36 +979,21 @@ class Flushed:
     values: int
 
 
-@dataclass(frozen=True, slots=True)
-class Regularized:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regularized(TrainingCourse):
     """Training with a penalty that brings units to 0.
 
     ``kind``, ``groups`` and final ``strength`` of the penalty; ``units`` that it looked at, and ``zeros`` among these
-    at the end; ``density``: share of the trained weights that are not 0. ``batch`` samples a step, drawn from
-    ``samples``; ``aside`` are the hold-out. ``losses`` without the penalty, of the first step and of the last 20 on
-    average; ``curve``: (step, penalised objective on the hold-out): points of fidelity lost, and a point for every
-    percent of the units that should be 0 and are not. ``before`` and ``after`` are the fidelity there; ``undone``:
-    nothing was better than before; ``stopped``: why it ended early, else empty. ``by_labels`` as for a fine-tuning.
+    at the end; ``density``: share of the trained weights that are not 0. The objective has a point more for every
+    percent of the units that should be 0 and are not.
     """
 
     kind: str
     groups: str
     strength: float
-    steps: int
-    seconds: float
-    batch: int
-    samples: int
-    aside: int
     units: int
     zeros: int
     density: float
-    losses: list[float]
-    curve: list[tuple[int, float]]
-    before: Fidelity
-    after: Fidelity
-    undone: bool
-    stopped: str = ""
-    by_labels: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from onnxprune.allocation.selection import removed_share
-from onnxprune.allocation.settings import matches
 from onnxprune.errors import UsageError, argument
+from onnxprune.globs import any_match, last_match, reason_to_exclude
 from onnxprune.settings import checked
 from onnxprune.sparsification.patterns import Pattern
 from onnxprune.sparsification.scores import NEEDS_DATA
@@ -156,18 +156,16 @@ class Request(Options):
 
     def is_excluded(self, names: Sequence[str]) -> bool:
         """Return whether ``exclude`` or ``include`` leaves out a layer with these names."""
-        if any(matches(n, p) for n in names for p in self.exclude):
-            return True
-        return bool(self.include) and not any(matches(n, p) for n in names for p in self.include)
+        return bool(reason_to_exclude(names, self.include, self.exclude))
 
     def is_named(self, names: Sequence[str]) -> bool:
         """Return whether a layer with these names was asked for, and is taken also where it is left out by default."""
-        return any(matches(n, p) for n in names for p in (*self.include, *self.layers))
+        return any_match(names, (*self.include, *self.layers))
 
     def own_ratio(self, names: Sequence[str]) -> float | None:
         """Return the ratio of the last pattern in ``layers`` that matches; None without."""
-        ratios = [r for p, r in self.layers.items() if any(matches(n, p) for n in names)]
-        return ratios[-1] if ratios else None
+        own = last_match(names, self.layers)
+        return None if own is None else own[1]
 
     def settings(self, criterion: str) -> dict[str, Any]:
         """Return the settings by name, for the report."""

@@ -14,6 +14,7 @@ from build import Net
 from oracle import assert_exact_cut
 
 import onnxprune as op
+from onnxprune.globs import last_match, reason_to_exclude
 from onnxprune.importance.criteria import Slot
 from onnxprune.importance.scores import columns
 from onnxprune.pipeline import Context
@@ -344,3 +345,23 @@ def test_criteria_read_large_weights_where_arithmetic_is_quick() -> None:
         model.doc_string = "x" * pad
         op.prune(model.SerializeToString(), criterion=watch, ratio=0.5, validate=False)
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "reason"),
+    [
+        ((), (), ""),
+        ((), ("*head*",), "excluded"),
+        (("*body*",), (), "not included"),
+        (("*head*",), ("block[0]/head",), "excluded"),  # a name with brackets matches itself
+        (("*Head*",), (), "not included"),
+    ],
+)
+def test_globs_exclude(include: tuple[str, ...], exclude: tuple[str, ...], reason: str) -> None:
+    """Every stage decides by the same two lists of globs."""
+    assert reason_to_exclude(["", "block[0]/head"], include, exclude) == reason
+
+
+def test_the_last_glob_that_matches_decides() -> None:
+    assert last_match(["a/conv"], {"*": 1, "a/*": 2, "b/*": 3}) == ("a/*", 2)
+    assert last_match(["c"], {"a/*": 2}) is None
