@@ -488,9 +488,9 @@ def candidates(analysis: Analysis, request: Request) -> Candidates:
         if reason_to_exclude(names, request.include, request.exclude):
             result.ratios[group.id] = None
             continue
-        own = last_match(names, request.layers)
-        result.ratios[group.id] = request.ratio if own is None else own[1]
-        if own is not None:
+        match = last_match(names, request.layers)
+        result.ratios[group.id] = request.ratio if match is None else match[1]
+        if match is not None:
             result.local.add(group.id)
         if request.group_policy == "none" and group.size != group.steps:
             result.excluded[group.id] = f"{Reason.KEPT_WHOLE}: group_policy none prunes no channels in several rows"

@@ -323,13 +323,13 @@ def _requested_ratio(options: CommandOptions, names: Sequence[str]) -> float | N
         return 0.0
     if reason_to_exclude(names, options.include, options.exclude):
         return None
-    own = last_match(names, dict(options.layers))
+    match = last_match(names, dict(options.layers))
     competing = (
         options.data is not None and options.criterion is None if options.scope == "auto" else options.scope != "local"
     )
-    if own is None and competing:
+    if match is None and competing:
         return 0.0
-    share: float = options.ratio if own is None else own[1]
+    share: float = options.ratio if match is None else match[1]
     return min(share, options.max_ratio or 1.0)
 
 

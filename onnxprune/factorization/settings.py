@@ -123,8 +123,8 @@ class Request(Options):
 
     def ratio_of(self, names: Sequence[str]) -> float:
         """Return the ratio of a layer with these names: that of the last pattern in ``layers``, else the common one."""
-        own = last_match(names, self.layers)
-        return self.share if own is None else own[1]
+        match = last_match(names, self.layers)
+        return self.share if match is None else match[1]
 
     def ranks_of(self, names: Sequence[str]) -> tuple[str, Ranks] | None:
         """Return the last pattern that matches, and its ranks."""

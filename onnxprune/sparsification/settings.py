@@ -164,8 +164,8 @@ class Request(Options):
 
     def own_ratio(self, names: Sequence[str]) -> float | None:
         """Return the ratio of the last pattern in ``layers`` that matches; None without."""
-        own = last_match(names, self.layers)
-        return None if own is None else own[1]
+        match = last_match(names, self.layers)
+        return None if match is None else match[1]
 
     def settings(self, criterion: str) -> dict[str, Any]:
         """Return the settings by name, for the report."""
