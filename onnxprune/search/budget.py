@@ -396,6 +396,22 @@ class Search:
         curves = self._curves(context, selector)
         sensitivity = None if curves else self._output_sensitivity(context, selector)
         self._unrounded = partial(SearchProblem.of, self.context, selector, targets, table, curves, sensitivity)
+        problem = self._unrounded()
+        counted = [t for t in targets if t.kind not in ("latency", "peak-memory")]
+        if all(problem.reachable(t.kind) <= problem.limits()[t.kind] for t in counted):
+            return problem
+        shares = selector.include_unreached()
+        if not shares:
+            return problem
+        what = "1 group lies" if len(shares) == 1 else f"{len(shares)} groups lie"
+        selector.warnings.append(
+            f"{what} in branches that no calibration sample takes, and the target cannot be met without them: their "
+            "channels are chosen by their weights alone. Give data that take these branches"
+        )
+        if sensitivity is not None:
+            mean = float(np.mean([scores.sum() for scores in sensitivity.values()]))
+            sensitivity = {**sensitivity, **{number: share * mean for number, share in shares.items()}}
+        self._unrounded = partial(SearchProblem.of, self.context, selector, targets, table, curves, sensitivity)
         return self._unrounded()
 
     def _curves(self, context: Context, selector: Selector) -> Curves | None:
