@@ -18,11 +18,12 @@ from onnxprune.recovery.regression import (
     RIDGES,
     WORTH,
     Mask,
+    Moments,
     Real,
     RidgeRegression,
     Solution,
-    Sums,
     is_validation,
+    moments,
     solve,
 )
 from onnxprune.recovery.targets import RecoveryTarget
@@ -191,19 +192,12 @@ class Problem:
         if waiting:
             yield Rows.concatenate(waiting)
 
-    def sums(self, held_out: bool | None = None) -> Sums:
-        """Accumulate sums over batches of data and target as they are."""
-        total: Sums | None = None
-        for rows in self.rows(held_out):
-            one = Sums.of(rows.data, rows.target)
-            if total is None:
-                total = one
-            else:
-                total.add(one)
-        assert total is not None
+    def sums(self, held_out: bool | None = None) -> Moments:
+        """Accumulate sums over batches of data and target as they are; few rows of a wide layer stay as they are."""
+        result = moments((rows.data, rows.target) for rows in self.rows(held_out))
         if held_out is False:
-            self.extent = total.rows, total.x.shape[1], total.directions()
-        return total
+            self.extent = result.rows, result.x.shape[1], result.directions()
+        return result
 
     def every_row(self, held_out: bool, max_rows: int, limit: int) -> Iterator[tuple[Rows, int]]:
         """Iterate over whole batches and their samples; none beyond ``max_rows`` rows a sample or ``limit`` bytes."""
@@ -462,7 +456,7 @@ def _pointwise(problem: Problem, matrix: Real, bias: Real, mode: str, fixed_bias
     )
 
 
-def _finer(regression: RidgeRegression, hold_out: Sums, solution: Solution) -> Solution:
+def _finer(regression: RidgeRegression, hold_out: Moments, solution: Solution) -> Solution:
     """Return the solution, or one with a smaller ridge where the smallest ridge of the grid is the best so far.
 
     Where the survivors determine the removed channels exactly, the ridge is the only source of error.

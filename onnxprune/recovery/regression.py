@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,26 +87,26 @@ class Sums:
     @property
     def scale(self) -> float:
         """The scale of errors: the target's sum of squares about its mean; about 0 where it does not vary."""
-        variance = float(np.maximum(self.yy - np.square(self.y) / max(self.rows, 1), 0.0).sum())
-        return variance if variance > 0 else max(float(self.yy.sum()), 1e-30)
+        return _scale(self.rows, self.y, self.yy)
 
     def directions(self) -> int:
         """Return the rank of the data about their mean, averaged over parts; linear combinations are not counted.
 
         Of more than 1024 columns or 16 parts only as many are used, and the rank is scaled.
         """
-        parts, n = self.x.shape
-        sampled = slice(None, None, -(-n // _COLUMNS))
-        ranks = []
-        for part in range(0, parts, -(-parts // _PARTS)):
-            mean = self.x[part, sampled] / max(self.rows, 1)
-            power = np.diagonal(self.xx[part, sampled, sampled])
-            gram = self.xx[part, sampled, sampled] - self.rows * np.outer(mean, mean)
-            spread = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
-            alive = spread > _DEAD * np.sqrt(max(float(power.max(initial=0.0)), 1e-300))
-            scaled = gram[np.ix_(alive, alive)] / np.outer(spread[alive], spread[alive])
-            ranks.append(float(dpstrf(scaled, tol=_SAME)[2]) / len(mean) if alive.any() else 0.0)
-        return int(n * float(np.mean(ranks)) + 0.5)
+        return _directions(self.x / max(self.rows, 1), self.rows, lambda part, of: self.xx[part, of, of])
+
+    def gram(self, fixed_bias: bool) -> Gram:
+        """Return X^T X, about the means unless the bias is fixed."""
+        return Dense(self.xx if fixed_bias else _centred(self.xx, self.x, self.x, self.rows))
+
+    def cross(self, fixed_bias: bool) -> Real:
+        """Return X^T Y, about the means unless the bias is fixed."""
+        return self.xy if fixed_bias else _centred(self.xy, self.x, self.y, self.rows)
+
+    def residual(self, matrix: Real, fixed_bias: bool) -> Real:
+        """Return what ``gram(fixed_bias).fit`` takes of W: X^T (Y - X W), about the means unless the bias is fixed."""
+        return self.cross(fixed_bias) - self.gram(fixed_bias) @ matrix
 
     def error(self, matrix: Real, bias: Real) -> Real:
         """Return the sum of squares of X W + b - Y per output, [parts, o]; never negative.
@@ -119,6 +119,109 @@ class Sums:
         mean = np.einsum("pn,pno->po", self.x, matrix)
         total = self.yy + fitted + 2.0 * bias * (mean - self.y) + self.rows * np.square(bias)
         return np.asarray(np.maximum(total, 0.0))
+
+
+class FewRows:
+    """What :class:`Sums` holds, of fewer rows than columns: the rows themselves, and nothing of n times n.
+
+    Args:
+        data: X [parts, rows, n].
+        target: Y [parts, rows, o].
+
+    Attributes:
+        rows, x, y, yy: as those of :class:`Sums`.
+    """
+
+    def __init__(self, data: NDArray[Any], target: NDArray[Any]) -> None:
+        self._data: Real = data.astype(np.float64)
+        self._target: Real = target.astype(np.float64)
+        self.rows = data.shape[1]
+        self.x: Real = self._data.sum(axis=1)
+        self.y: Real = self._target.sum(axis=1)
+        self.yy: Real = np.einsum("pro,pro->po", self._target, self._target)
+
+    @property
+    def scale(self) -> float:
+        """The scale of errors, as that of :class:`Sums`."""
+        return _scale(self.rows, self.y, self.yy)
+
+    def directions(self) -> int:
+        """Return the rank of the data, as :meth:`Sums.directions`."""
+        mean = self.x / max(self.rows, 1)
+        return _directions(mean, self.rows, lambda part, of: self._data[part, :, of].T @ self._data[part, :, of])
+
+    def gram(self, fixed_bias: bool) -> Gram:
+        """Return X^T X, about the means unless the bias is fixed."""
+        return Thin(self._centred(self._data, fixed_bias))
+
+    def cross(self, fixed_bias: bool) -> Real:
+        """Return X^T Y, about the means unless the bias is fixed."""
+        return _turned(self._centred(self._data, fixed_bias), self._centred(self._target, fixed_bias))
+
+    def residual(self, matrix: Real, fixed_bias: bool) -> Real:
+        """Return what ``gram(fixed_bias).fit`` takes of W: Y - X W, about the means unless the bias is fixed."""
+        return self._centred(self._target, fixed_bias) - self._centred(self._data, fixed_bias) @ matrix
+
+    @staticmethod
+    def _centred(rows: Real, fixed_bias: bool) -> Real:
+        return rows if fixed_bias else np.asarray(rows - rows.mean(axis=1, keepdims=True))
+
+    def error(self, matrix: Real, bias: Real) -> Real:
+        """Return the sum of squares of X W + b - Y per output, [parts, o]."""
+        residual = self._data @ matrix
+        residual += bias[:, None]
+        residual -= self._target
+        return np.asarray(np.einsum("pro,pro->po", residual, residual))
+
+
+Moments = Sums | FewRows
+"""What a regression needs to know of rows."""
+
+
+def moments(blocks: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Moments:
+    """Accumulate blocks of data [parts, rows, n] and target [parts, rows, o].
+
+    Of a wide layer the rows are collected as long as they are fewer than columns: less time and memory than sums.
+    """
+    waiting: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    total: Sums | None = None
+    count = 0
+    for block in blocks:
+        waiting.append(block)
+        count += block[0].shape[1]
+        if total is None and block[0].shape[2] >= _DESCENT and count < block[0].shape[2]:
+            continue
+        for data, target in waiting:
+            one = Sums.of(data, target)
+            if total is None:
+                total = one
+            else:
+                total.add(one)
+        waiting = []
+    if total is not None:
+        return total
+    return FewRows(*(np.concatenate(arrays, axis=1) for arrays in zip(*waiting, strict=True)))
+
+
+def _scale(rows: int, y: Real, yy: Real) -> float:
+    variance = float(np.maximum(yy - np.square(y) / max(rows, 1), 0.0).sum())
+    return variance if variance > 0 else max(float(yy.sum()), 1e-30)
+
+
+def _directions(means: Real, rows: int, products: Callable[[int, slice], Real]) -> int:
+    """Return the rank of data about their means; ``products`` gives X^T X of some columns of a part."""
+    parts, n = means.shape
+    sampled = slice(None, None, -(-n // _COLUMNS))
+    ranks = []
+    for part in range(0, parts, -(-parts // _PARTS)):
+        mean = means[part, sampled]
+        of_part = products(part, sampled)
+        gram = of_part - rows * np.outer(mean, mean)
+        spread = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+        alive = spread > _DEAD * np.sqrt(max(float(np.diagonal(of_part).max(initial=0.0)), 1e-300))
+        scaled = gram[np.ix_(alive, alive)] / np.outer(spread[alive], spread[alive])
+        ranks.append(float(dpstrf(scaled, tol=_SAME)[2]) / len(mean) if alive.any() else 0.0)
+    return int(n * float(np.mean(ranks)) + 0.5)
 
 
 def _in_runs(data: NDArray[Any], target: NDArray[Any]) -> tuple[Real, Real]:
@@ -138,6 +241,87 @@ def _turned(x: NDArray[Any], y: NDArray[Any]) -> Real:
     return product.astype(np.float64, copy=False)
 
 
+class Dense:
+    """A Gram matrix as it is, [parts, n, n]."""
+
+    def __init__(self, gram: Real) -> None:
+        self._gram = gram
+        self._factored: tuple[float, list[Any]] | None = None
+
+    def diagonal(self) -> Real:
+        """Return the sums of squares of columns, [parts, n]."""
+        return np.asarray(np.einsum("pii->pi", self._gram))
+
+    def __matmul__(self, matrix: Real) -> Real:
+        return np.asarray(self._gram @ matrix)
+
+    def fit(self, residual: Real, step: float) -> Real:
+        """Return (G + s I)^-1 X^T R. Raises LinAlgError where the sum has no Cholesky factor."""
+        return self.solve(residual, step)
+
+    def products(self, residual: Real) -> Real:
+        """Return X^T R."""
+        return residual
+
+    def solve(self, cross: Real, step: float) -> Real:
+        """Return (G + s I)^-1 C for every part. Raises LinAlgError where the sum has no Cholesky factor."""
+        n = self._gram.shape[1]
+        if n <= 32:
+            return np.asarray(np.linalg.solve(self._gram + step * np.eye(n), cross))
+        if self._factored is None or self._factored[0] != step:
+            self._factored = None  # free the memory of the last one
+            self._factored = step, _factors(self._gram, step)
+        solved = [cho_solve(f, c, check_finite=False) for f, c in zip(self._factored[1], cross, strict=True)]
+        return np.asarray(np.stack(solved))
+
+
+class Thin:
+    """A Gram matrix X^T X of few rows X [parts, rows, n]: solutions by way of X X^T, [parts, rows, rows]."""
+
+    def __init__(self, rows: Real) -> None:
+        self._rows = rows
+        self._outer: Real = rows @ rows.transpose(0, 2, 1)
+        self._factored: tuple[float, list[Any]] | None = None
+
+    def diagonal(self) -> Real:
+        """Return the sums of squares of columns, [parts, n]."""
+        return np.asarray(np.einsum("prn,prn->pn", self._rows, self._rows))
+
+    def __matmul__(self, matrix: Real) -> Real:
+        return _turned(self._rows, self._rows @ matrix)
+
+    def fit(self, residual: Real, step: float) -> Real:
+        """Return (G + s I)^-1 X^T R = X^T (X X^T + s I)^-1 R. Raises LinAlgError as :meth:`Dense.fit`."""
+        if self._factored is None or self._factored[0] != step:
+            self._factored = None
+            self._factored = step, _factors(self._outer, step)
+        solved = [cho_solve(f, r, check_finite=False) for f, r in zip(self._factored[1], residual, strict=True)]
+        return _turned(self._rows, np.stack(solved))
+
+    def products(self, residual: Real) -> Real:
+        """Return X^T R."""
+        return _turned(self._rows, residual)
+
+    def solve(self, cross: Real, step: float) -> Real:
+        """Return (G + s I)^-1 C = (C - X^T (X X^T + s I)^-1 X C) / s. Raises LinAlgError as :meth:`Dense.fit`."""
+        result = self.fit(self._rows @ cross, step)
+        np.subtract(cross, result, out=result)
+        result /= step
+        return result
+
+
+Gram = Dense | Thin
+
+
+def _factors(products: Real, step: float) -> list[Any]:
+    factors = []
+    for product in products:
+        damped = product.copy()
+        damped.flat[:: len(product) + 1] += step
+        factors.append(cho_factor(damped, overwrite_a=True, check_finite=False))
+    return factors
+
+
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the Gram matrix' mean diagonal that are tried as ridge."""
 # Unknowns per output from which on ridges are tried from the middle of the grid outwards, as far as the error falls.
@@ -147,7 +331,7 @@ WORTH = 1e-3
 NOTHING = 1e-11
 """Error (share of the target's variance) that is rounding and needs no recovery."""
 
-Fit = Callable[[Sums, Real, Real], "tuple[Real, Real]"]
+Fit = Callable[[Moments, Real, Real], "tuple[Real, Real]"]
 """(sums, weights, bias) -> better weights and bias."""
 
 
@@ -173,8 +357,8 @@ class Solution:
 
 
 def solve(
-    train: Sums,
-    hold_out: Sums,
+    train: Moments,
+    hold_out: Moments,
     matrix: Real,
     bias: Real,
     *,
@@ -264,26 +448,25 @@ def candidates(mode: str, fixed_bias: bool = False) -> Iterator[Candidate]:
         yield Candidate("affine", lambda sums, w, b: affine(sums, w, b, fixed_bias))
 
 
-def shift(sums: Sums, matrix: Real, bias: Real) -> tuple[Real, Real]:
+def shift(sums: Moments, matrix: Real, bias: Real) -> tuple[Real, Real]:
     """Return the biases under which the mean error is 0: E[y] - E[x] W. An et al., FLAP, AAAI 2024, section 3.3."""
-    return matrix, (sums.y - np.einsum("pn,pno->po", sums.x, matrix)) / sums.rows
+    return matrix, _offset(sums, matrix, sums.y)
 
 
-def affine(sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False) -> tuple[Real, Real]:
+def _offset(sums: Moments, matrix: Real, y: Real) -> Real:
+    return np.asarray((y - np.einsum("pn,pno->po", sums.x, matrix)) / sums.rows)
+
+
+def affine(sums: Moments, matrix: Real, bias: Real, fixed_bias: bool = False) -> tuple[Real, Real]:
     """Fit a scale and bias per output, like new BatchNorm statistics, also where BatchNorm was folded."""
-    xx, xy = (
-        (sums.xx, sums.xy)
-        if fixed_bias
-        else (_centred(sums.xx, sums.x, sums.x, sums.rows), _centred(sums.xy, sums.x, sums.y, sums.rows))
-    )
-    power = np.einsum("pno,pno->po", matrix, xx @ matrix)
-    along = np.einsum("pno,pno->po", matrix, xy)
+    power = np.einsum("pno,pno->po", matrix, sums.gram(fixed_bias) @ matrix)
+    along = np.einsum("pno,pno->po", matrix, sums.cross(fixed_bias))
     gain = np.where(power > 1e-12 * np.maximum(sums.yy, 1e-30), along / np.where(power > 0, power, 1.0), 1.0)
     scaled = matrix * gain[:, None, :]
     return (scaled, bias) if fixed_bias else shift(sums, scaled, bias)
 
 
-def least_squares(sums: Sums, matrix: Real, bias: Real, ridge: float, fixed_bias: bool = False) -> tuple[Real, Real]:
+def least_squares(sums: Moments, matrix: Real, bias: Real, ridge: float, fixed_bias: bool = False) -> tuple[Real, Real]:
     """Return W + (G + r m I)^-1 X^T (Y - X W), G and the residual centred, m the mean diagonal of G."""
     return RidgeRegression(sums, matrix, bias, fixed_bias).fit(ridge)
 
@@ -302,15 +485,12 @@ class RidgeRegression:
     """
 
     def __init__(
-        self, sums: Sums, matrix: Real, bias: Real, fixed_bias: bool = False, mask: Mask | None = None
+        self, sums: Moments, matrix: Real, bias: Real, fixed_bias: bool = False, mask: Mask | None = None
     ) -> None:
         self._sums, self._matrix, self._bias, self._fixed, self._mask = sums, matrix, bias, fixed_bias, mask
-        self._gram = sums.xx if fixed_bias else _centred(sums.xx, sums.x, sums.x, sums.rows)
-        self._product = self._gram @ matrix
-        parts, n, _ = self._gram.shape
-        mean = float(np.einsum("pii->", self._gram)) / (parts * n)
-        self._mean = mean if mean > 0 else 0.0
-        self._factored: tuple[float, list[Any]] | None = None
+        self._gram = sums.gram(fixed_bias)
+        self._residual = sums.residual(matrix, fixed_bias)
+        self._mean = max(float(self._gram.diagonal().mean()), 0.0)
 
     @property
     def is_masked(self) -> bool:
@@ -328,54 +508,42 @@ class RidgeRegression:
         Raises:
             LinAlgError: G + r m I has no Cholesky factor.
         """
-        sums = self._sums if xy is None or y is None else replace(self._sums, xy=xy, y=y)
-        cross = sums.xy if self._fixed else _centred(sums.xy, sums.x, sums.y, sums.rows)
-        fitted = self._matrix + self._solve(cross - self._product, ridge)
-        return (fitted, self._bias) if self._fixed else shift(sums, fitted, self._bias)
-
-    def _solve(self, cross: Real, ridge: float) -> Real:
-        """Return (G + r m I)^-1 C for every part."""
-        n = self._gram.shape[1]
+        sums, gram = self._sums, self._gram
         step = ridge * self._mean if self._mean > 0 else 1.0
+        cross = None
+        if xy is not None and y is not None:
+            cross = (xy if self._fixed else _centred(xy, sums.x, y, sums.rows)) - gram @ self._matrix
         if self._mask is not None:
-            return masked_solve(self._gram, cross, step, self._mask)
-        if n <= 32:
-            return np.asarray(np.linalg.solve(self._gram + step * np.eye(n), cross))
-        if self._factored is None or self._factored[0] != ridge:
-            self._factored = None  # free the memory of the last one
-            factors = []
-            for gram in self._gram:
-                damped = gram.copy()
-                damped.flat[:: n + 1] += step
-                factors.append(cho_factor(damped, overwrite_a=True, check_finite=False))
-            self._factored = ridge, factors
-        solved = [cho_solve(f, c, check_finite=False) for f, c in zip(self._factored[1], cross, strict=True)]
-        return np.asarray(np.stack(solved))
+            change = masked_solve(gram, gram.products(self._residual) if cross is None else cross, step, self._mask)
+        else:
+            change = gram.fit(self._residual, step) if cross is None else gram.solve(cross, step)
+        change += self._matrix
+        return (change, self._bias) if self._fixed else (change, _offset(sums, change, sums.y if y is None else y))
 
 
 # Columns up to which conjugate gradients run to the end; steps for more; and the share of the residual to stop at.
 _EXACT, _STEPS, _SMALL = 64, 40, 1e-7
 
 
-def masked_solve(gram: Real, cross: Real, ridge: float, mask: Mask) -> Real:
+def masked_solve(gram: Gram, cross: Real, ridge: float, mask: Mask) -> Real:
     """Return D, 0 outside of the mask, that brings tr(D^T (G + r I) D) - 2 tr(D^T C) close to its minimum.
 
     Every output has unknowns of its own, and so a Gram matrix of its own. Conjugate gradients within the mask serve all
     at once, by one product with G a step; from D = 0 the value never rises.
 
     Args:
-        gram: G [parts, n, n].
+        gram: G.
         cross: C [parts, n, o].
         ridge: r.
         mask: [parts, n, o].
     """
-    scale = 1.0 / (np.einsum("pii->pi", gram) + ridge)[:, :, None]
+    scale = 1.0 / (gram.diagonal() + ridge)[:, :, None]
     solution = np.zeros_like(cross)
     residual = np.where(mask, cross, 0.0)
     direction = scaled = residual * scale
     norm = np.einsum("pno,pno->po", residual, scaled)
     first = norm.copy()
-    for _ in range(_STEPS if gram.shape[1] > _EXACT else 2 * gram.shape[1]):
+    for _ in range(_STEPS if cross.shape[1] > _EXACT else 2 * cross.shape[1]):
         if (norm <= _SMALL**2 * first).all():
             break
         product = np.where(mask, gram @ direction + ridge * direction, 0.0)

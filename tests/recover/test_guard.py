@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,17 @@ from planted import Planted, draw, error, how, outputs, plan, repaired, weights
 
 import onnxprune as op
 from onnxprune.channels.plan import Plan
-from onnxprune.recovery.regression import RIDGES, RidgeRegression, Sums, affine, least_squares, shift, solve
+from onnxprune.recovery.regression import (
+    RIDGES,
+    FewRows,
+    RidgeRegression,
+    Sums,
+    affine,
+    least_squares,
+    moments,
+    shift,
+    solve,
+)
 
 Array = NDArray[Any]
 Case = tuple[onnx.ModelProto, Plan]
@@ -227,6 +238,41 @@ def test_large_products_in_short_runs_are_as_good(monkeypatch: pytest.MonkeyPatc
     single = Sums.of(data, target)
     for name in ("x", "y", "xx", "xy", "yy"):
         np.testing.assert_allclose(getattr(single, name), getattr(double, name), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fixed", (False, True))
+@pytest.mark.parametrize("masked", (False, True))
+def test_few_rows_give_what_sums_give(fixed: bool, masked: bool) -> None:
+    data, target = problem(6, 30, n=40)
+    data[..., 3] = data[..., 4]
+    few, dense = FewRows(data, target), Sums.of(data, target)
+    rng = np.random.default_rng(0)
+    matrix, bias = rng.standard_normal((2, 40, 3)), np.zeros((2, 3))
+    assert few.rows == dense.rows and few.directions() == dense.directions() == 29
+    assert few.scale == pytest.approx(dense.scale)
+    np.testing.assert_allclose(few.error(matrix, bias + 1), dense.error(matrix, bias + 1), rtol=1e-9)
+    for one, other in zip(affine(few, matrix, bias, fixed), affine(dense, matrix, bias, fixed), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+    mask = rng.random(matrix.shape) < 0.7 if masked else None
+    regressions = [RidgeRegression(sums, matrix, bias, fixed, mask) for sums in (few, dense)]
+    for targets in ((), (2 * dense.xy, 2 * dense.y)):
+        pairs = zip(*(regression.fit(1e-3, *targets) for regression in regressions), strict=True)
+        for one, other in pairs:
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5 if masked else 1e-8)
+
+
+def test_few_rows_of_a_wide_layer_make_no_gram_matrix() -> None:
+    data, target = problem(7, 24, parts=1, n=1500)
+    blocks = [(data[:, at : at + 8].astype(np.float32), target[:, at : at + 8]) for at in (0, 8, 16)]
+    matrix, bias = np.zeros((1, 1500, 3)), np.zeros((1, 3))
+    tracemalloc.start()
+    found = solve(moments(blocks[:2]), moments(blocks[2:]), matrix, bias)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.how != "kept" and peak < 1500**2 * 8 / 5
+    assert isinstance(moments([(data[:, :, :8], target)]), Sums)
+    many = (np.concatenate([a] * 70, axis=1) for a in (data, target))
+    assert isinstance(moments([tuple(many)]), Sums)  # type: ignore[list-item]
 
 
 class Counted(RidgeRegression):

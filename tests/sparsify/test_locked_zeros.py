@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onnxprune.recovery.regression import RidgeRegression, Sums, masked_solve, solve
+from onnxprune.recovery.regression import Dense, RidgeRegression, Sums, masked_solve, solve
 from onnxprune.training.step import Adam, Parameters
 
 
@@ -23,7 +23,7 @@ def test_masked_solve_is_the_regression_of_every_output_alone() -> None:
     data, target = rng.normal(size=(2, 200, 12)), rng.normal(size=(2, 200, 5))
     mask = rng.random((2, 12, 5)) < 0.5
     gram, cross = data.transpose(0, 2, 1) @ data, data.transpose(0, 2, 1) @ target
-    found = masked_solve(gram, cross, 0.3, mask)
+    found = masked_solve(Dense(gram), cross, 0.3, mask)
     np.testing.assert_allclose(found, literal(gram, cross, 0.3, mask), atol=1e-9)
 
 
