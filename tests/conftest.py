@@ -91,6 +91,7 @@ def any_count_is_fast() -> Generator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "newest_runtime: an older onnxruntime is wrong or crashes on these models")
+    config.addinivalue_line("markers", "dense: a sample with many positions counts for more, as for users")
     config.addinivalue_line("markers", "lenient: a rule that raises freezes its node, as for users")
 
 
@@ -105,6 +106,13 @@ def one_core_per_worker() -> Generator[None]:
 def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that raises is a bug; outside tests it only costs compression."""
     monkeypatch.setattr("onnxprune.channels.propagate.STRICT", request.node.get_closest_marker("lenient") is None)
+
+
+@pytest.fixture(autouse=True)
+def _samples_count_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of the closed form have a few samples of many positions: no training begins on these unasked."""
+    if request.node.get_closest_marker("dense") is None:
+        monkeypatch.setattr("onnxprune.passes.finetune._MOST_ANSWERS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -319,7 +319,7 @@ HOMOGENEOUS: dict[str, tuple[float, Callable[..., Any] | None]] = {
 
 register("", *UNARY, rule=Elementwise([0]))
 register("", *BINARY, rule=Elementwise())
-register("", "Sigmoid", rule=with_facts(Elementwise([0]), bounded=True))
+register("", "Sigmoid", rule=with_facts(Elementwise([0]), bounded=True, logistic=True))
 register("", "Not", rule=Elementwise([0], np.logical_not))
 for name, rounded in ROUNDED.items():
     register("", name, rule=with_facts(Elementwise([0], rounded), jumps=True))

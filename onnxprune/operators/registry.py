@@ -178,6 +178,9 @@ class Rule:
     bounded: bool = False
     """Whether every result is a probability by itself, between 0 and 1."""
 
+    logistic: bool = False
+    """Whether the results are probabilities whose logits are the values of input 0."""
+
     factoring: Factoring | None = None
     """Weight as a kernel, and the nodes that take the operator's place; None where it cannot be factorized."""
 

@@ -39,15 +39,16 @@ from onnxprune.training.codes import CodedWeight, encoded, with_numbers
 from onnxprune.training.curvature import CALLS, Curvature
 from onnxprune.training.loop import Course, Effort, train
 from onnxprune.training.losses import BALANCE, OFFSET, Losses, deviation
-from onnxprune.training.parameters import Head, bottlenecks, trainable
+from onnxprune.training.parameters import Head, bottlenecks, trainable, value_to_fit
 from onnxprune.training.step import PROBE, Adam, Parameters, Step, Vector, step_sizes
 
 RATE = 4e-3
 """Largest step, in units of each weight's own size."""
 BATCH = 32
 """Samples of a step."""
-LEAST_SAMPLES = 64
-"""Fewer samples are refused unless their number was asked for."""
+LEAST_SAMPLES, _LEAST_DENSE_SAMPLES = 64, 16
+"""Fewer samples are refused unless their number was asked for; the second where a sample has many answers."""
+_MOST_ANSWERS, _LEAST_BATCH = 32, 4
 _FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
 _CODED_PROBE = 0.05
 _SETTLED = 1e-6  # a loss below it is none
@@ -80,7 +81,7 @@ class Finetune(Pass):
         labels: classes [samples] or values of the first output, or their file; half of the loss is then on them. None:
             those of the run; without any, distillation alone. The hold-out is then judged half by its labels.
         rate: largest step, in units of each weight's own size, above 0.
-        batch_size: samples of a step, 1 or more.
+        batch_size: samples of a step, 1 or more; None: 32, and down to 4 where outputs have many positions.
         features: number of tensors between blocks to compare, 0 or more.
         augment: ``auto`` to shift and mirror images where the original is indifferent to it, ``shift`` or ``flip`` for
             one of the two, ``none``; True and False for ``auto`` and ``none``.
@@ -92,8 +93,8 @@ class Finetune(Pass):
             of the samples (None without); it returns its value and the gradients, {output: array}. None: none.
 
     Raises:
-        UsageError: no data, fewer than 64 samples, data without variety, labels that do not fit, or ``blocks="yes"``
-            with a loss of your own.
+        UsageError: no data, fewer than 64 samples (16 where outputs have many positions), data without variety, labels
+            that do not fit, or ``blocks="yes"`` with a loss of your own.
         ModelError: no weight can be trained, or the model cannot be run as a training graph.
     """
 
@@ -105,7 +106,7 @@ class Finetune(Pass):
         *,
         labels: Any = None,
         rate: float = RATE,
-        batch_size: int = BATCH,
+        batch_size: int | None = None,
         features: int = _FEATURES,
         augment: bool | str = "auto",
         blocks: str = "no",
@@ -139,7 +140,7 @@ class Finetune(Pass):
         if not (model.is_reduced or self.labels is not None):
             return PassResult(model, [Remark("nothing was pruned, so there is nothing to fine-tune")], changed=False)
         split = split_for(context, model.analysis, "full")
-        check_samples(context, split)
+        check_samples(context, model.analysis, split)
         with context.stage("finetune"):
             training = Training.prepare(self, context, model, split)
             course = training.run()
@@ -154,8 +155,9 @@ class Finetune(Pass):
 class ShortFinetune(Pass):
     """Train for as many steps as the effort allows, where that can be expected to help; else change nothing.
 
-    It needs 512 samples or more, an effort whose work is 50 steps or more, and a model that answers otherwise than the
-    original. An obstacle to the training is no error here.
+    It needs 512 samples or more, 16 where outputs have many positions (detectors, segmentation), an effort whose work
+    is 50 steps or more, and a model that answers otherwise than the original. An obstacle to the training is no error
+    here.
     """
 
     requires = (HAS_INPUTS,)
@@ -172,7 +174,8 @@ class ShortFinetune(Pass):
             return untouched
         try:
             split = split_for(context, model.analysis, "full")
-            if split.num_fit + split.num_held_out < _SHORT_SAMPLES or not split.num_held_out:
+            samples = split.num_fit + split.num_held_out
+            if samples * answers_of_sample(model.analysis, split.fit[0]) < _SHORT_SAMPLES or not split.num_held_out:
                 return untouched
             (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
             if distance(before) < _CLOSE:
@@ -189,16 +192,41 @@ def short_steps(context: Context, model: Model) -> int:
     inputs = model.analysis.facts.probes[0].inputs
     batch = max(min((shape[0] for shape in inputs.values() if shape), default=1), 1)
     macs = sum(layer.macs_before for layer in model.analysis.layers) / batch
-    return int(min(_MOST_STEPS, context.effort.training / (_PASSES * BATCH * max(macs, 1.0))))
+    size = default_batch(answers_of_sample(model.analysis, inputs))
+    return int(min(_MOST_STEPS, context.effort.training / (_PASSES * size * max(macs, 1.0))))
 
 
-def check_samples(context: Context, split: CalibrationSplit) -> None:
+def answers_of_sample(analysis: Analysis, shapes: Mapping[str, Any]) -> int:
+    """Return how many answers a sample counts for: one, up to 32 where an output has many positions.
+
+    Args:
+        analysis: analysis of the model.
+        shapes: arrays or shapes of one call's inputs; the positions of a convolutional model grow with them.
+    """
+    probe = analysis.facts.probes[0]
+    sizes = {name: list(getattr(value, "shape", value)) for name, value in shapes.items()}
+    known = {name: math.prod(shape[1:]) for name, shape in probe.inputs.items()}
+    growth = [math.prod(sizes[name][1:]) / size for name, size in known.items() if size and name in sizes]
+    outputs = [list(probe.shapes.get(name) or ()) for name in analysis.graph.outputs]
+    # Of a tensor of rank 3, [sample, position, value]; of a map, [sample, value, *positions].
+    positions = [math.prod(shape[1:2] if len(shape) == 3 else shape[2:]) for shape in outputs if None not in shape]
+    return int(min(_MOST_ANSWERS, max(1.0, max(positions, default=1) * max(growth, default=1.0))))
+
+
+def default_batch(answers: int) -> int:
+    """Return the number of samples of a step, by the number of answers that a sample has."""
+    return max(_LEAST_BATCH, BATCH // answers)
+
+
+def check_samples(context: Context, analysis: Analysis, split: CalibrationSplit) -> None:
     """Refuse data that a training would only overfit to; raises UsageError."""
     samples = split.num_fit + split.num_held_out
     is_limited = context.calibration is not None and context.calibration.limit is not None
-    if samples < LEAST_SAMPLES and not is_limited:
+    is_dense = answers_of_sample(analysis, split.fit[0]) * _LEAST_DENSE_SAMPLES >= LEAST_SAMPLES
+    least = _LEAST_DENSE_SAMPLES if is_dense else LEAST_SAMPLES
+    if samples < least and not is_limited:
         raise UsageError(
-            f"{argument('finetune')} needs {LEAST_SAMPLES} samples or more, and there are {samples}",
+            f"{argument('finetune')} needs {least} samples or more, and there are {samples}",
             hint=f"Give more with {argument('data')}; 512 and more do well. {argument('samples')} insists on fewer.",
         )
     first = split.fit[0]
@@ -328,6 +356,7 @@ class Training:
     after: Fidelity | None = None
     by_labels: list[float] = field(default_factory=list)
     coded: Sequence[CodedWeight] = ()
+    batch: int = BATCH
     judged: dict[float, Judgement] = field(default_factory=dict)
     balance: Array = field(default_factory=lambda: np.zeros((), np.float32))
     reconstruction: Reconstruction | None = None
@@ -342,7 +371,8 @@ class Training:
         """
         (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
         fixed = CalibrationBatches(context, model.analysis).fixed
-        size = fixed or min(settings.batch_size, split.num_fit)
+        batch = settings.batch_size or default_batch(answers_of_sample(model.analysis, split.fit[0]))
+        size = fixed or min(batch, split.num_fit)
         user_labels = settings.labels if settings.labels is not None else context.labels
         labels, hold_out = (
             (None, None)
@@ -362,12 +392,14 @@ class Training:
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
         weights, reasons = trainable(student)
-        fitted = fitted_heads(student, weights, original, before, f"Drop {argument('finetune')}.")
+        by_parts = settings.loss is None and labels is None
+        fitted = fitted_heads(student, weights, original, before, f"Drop {argument('finetune')}.", by_parts=by_parts)
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
         teacher, names = _teacher(original, fitted, steps)
         known = {} if labels is None else _labelled(fitted, student, labels)
         user_loss = None if settings.loss is None else _OwnLoss(settings.loss, student, weights, fitted, names)
         losses = Losses(
+            student,
             {h: names[h.tensor] for h in fitted},
             {n: names[n] for n in steps},
             {} if user_loss is not None else {h: n for h, (n, _) in known.items()},
@@ -385,10 +417,10 @@ class Training:
             raise ModelError(f"No weight of the model can be trained: {why}.", hint=f"Drop {argument('finetune')}.")
         parameters = Parameters({n: student.constants[n] for n in graph.gradients}, _locked(model, coded))
         step = Step(graph, parameters, context.device.threads)
-        calls = max(1, -(-settings.batch_size // size))
+        calls = max(1, -(-batch // size))
         graphs, labelled = (student, teacher, parameters, step), (known, hold_out)
         training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, user_loss)
-        training.coded = coded
+        training.coded, training.batch = coded, batch
         training.reconstruction = Reconstruction.suited(training, original, fitted)
         if settings.augment != "none":
             answers = lambda f: [teacher(f)[names[h.tensor]] for h in fitted]  # noqa: E731
@@ -524,7 +556,7 @@ class Training:
         data = CalibrationBatches(context, self.model.analysis).fingerprint() if context.cache is not None else None
         if context.cache is None or data is None:
             return None
-        words = [*self.key(), context.seed, settings.rate, settings.batch_size, settings.features]
+        words = [*self.key(), context.seed, settings.rate, self.batch, settings.features]
         words += [settings.augment, self.effort(), self.held_labels is not None, self.parameters.shapes, FORMAT]
         name = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
         return _Checkpoint(context.cache / f"{self.stage}-{name}.npz", data, self.parameters.vector)
@@ -573,7 +605,7 @@ class Training:
         return {
             "steps": course.steps,
             "seconds": course.seconds,
-            "batch": self.settings.batch_size,
+            "batch": self.batch,
             "samples": self.split.num_fit,
             "aside": self.split.num_held_out,
             "losses": course.ends,
@@ -697,7 +729,7 @@ class Reconstruction:
         if block.target:
             return deviation(tape, block.target, self.names[block.target])
         labels = {head: name for head, (name, _) in self.training.labels.items()}
-        return Losses({h: self.names[h.tensor] for h in self.fitted}, {}, labels).emit(tape)
+        return Losses(self.training.student, {h: self.names[h.tensor] for h in self.fitted}, {}, labels).emit(tape)
 
     def _inputs(self) -> Mapping[str, tuple[Sequence[int], Any]]:
         """Return the inputs that losses read: shape and type by name."""
@@ -829,8 +861,8 @@ def _teacher(
     """Return the original as a function from inputs to what a step compares with, and the name of each tensor there."""
     tape = Tape(original.shapes, original.kinds, "teacher")
     names = {}
-    for name in [*(head.tensor for head in fitted), *steps]:
-        value = name
+    sources = {head.tensor: value_to_fit(tape, original, head) for head in fitted} | {name: name for name in steps}
+    for name, value in sources.items():
         for axis, index in steps.get(name, ()):
             shape = list(tape.shape(value))
             shape[axis] = index.size

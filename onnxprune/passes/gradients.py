@@ -97,7 +97,13 @@ def _without(analysis: Analysis, removed: Mask | None) -> Mapping[str, Weight]:
 
 
 def fitted_heads(
-    student: StaticGraph, weights: Sequence[str], original: StaticGraph, before: Fidelity, drop: str
+    student: StaticGraph,
+    weights: Sequence[str],
+    original: StaticGraph,
+    before: Fidelity,
+    drop: str,
+    *,
+    by_parts: bool = False,
 ) -> list[Head]:
     """Return the tensors to fit, of one shape in both models, with the axis of classes where outputs are scores.
 
@@ -107,18 +113,20 @@ def fitted_heads(
         original: the original.
         before: a comparison of both, which knows the kinds of outputs.
         drop: alternative for the hint of the error.
+        by_parts: whether outputs that are joined come back as their parts; see :func:`heads`.
 
     Raises:
         ModelError: there is none.
     """
     kinds = {o.output: o for o in before.outputs}
     result = []
-    for head in heads(student, weights):
-        if original.shapes.get(head.tensor) != student.shapes[head.tensor] or not student.shapes[head.tensor]:
+    for head in heads(student, weights, by_parts):
+        tensors = [t for t in (head.tensor, head.logits) if t]
+        if any(original.shapes.get(t) != student.shapes[t] or not student.shapes[t] for t in tensors):
             continue
         known = kinds.get(head.output)
         bounded = head.tensor in student.producer and rule_of(student.producer[head.tensor]).bounded
-        if head.axis is None and known is not None and known.kind == "classes" and not bounded:
+        if head.axis is None and known is not None and known.kind == "classes" and not bounded and not head.logits:
             axis = known.axis if known.axis is not None else -1
             shape = student.shapes[head.tensor]
             if head.tensor == head.output and -len(shape) <= axis < len(shape) and shape[axis] > 1:

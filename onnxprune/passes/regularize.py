@@ -113,7 +113,7 @@ class Regularize(Pass):
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and return the model with its units at 0."""
         split = split_for(context, model.analysis, "full")
-        check_samples(context, split)
+        check_samples(context, model.analysis, split)
         with context.stage("regularize"):
             training = _Regularization.prepare(self.training, context, model, split)
             training.options = self

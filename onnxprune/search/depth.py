@@ -128,8 +128,7 @@ def _trial(context: Context, short: Model, prune: Prune, spec: BudgetSpec, mode:
     if any(t.kind == "latency" for t in spec.targets):
         sizes = rewritable_sizes(analysis)
         table, analysis = latency_table(context, sizes, source=spec.latency_table), sizes.analysis
-    selector = prune.selector(context, analysis)
-    problem = SearchProblem.of(context, selector, spec.targets, table, quantize=spec.quantize)
+    problem = SearchProblem.of(context, prune.selector(context, analysis), spec.targets, table)
     candidate = next(iter(problem.candidates()), None)
     if candidate is None:
         raise BudgetError("The targets are out of reach with this number of branches.")

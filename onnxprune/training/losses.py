@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnxprune.gradients.backward import Loss
+from onnxprune.gradients.static import StaticGraph
 from onnxprune.gradients.tape import Tape
-from onnxprune.training.parameters import Head
+from onnxprune.training.parameters import Head, value_to_fit
 
 BALANCE = "balance"
 """The input with the factor of the features' loss, a scalar of float32."""
@@ -22,6 +23,7 @@ class Losses:
     """Terms of the loss of a training step.
 
     Attributes:
+        graph: the graph that is trained.
         heads: tensors to fit, and the input with the original's value of each.
         features: tensors on the way, and the input with the original's value of each.
         labels: head -> input with the labels: one row of 0 and 1 per row of scores, or values.
@@ -29,6 +31,7 @@ class Losses:
         user_gradients: tensors of a loss that the user computes, each with the input of its gradient; empty without.
     """
 
+    graph: StaticGraph
     heads: Mapping[Head, str]
     features: Mapping[str, str]
     labels: Mapping[Head, str]
@@ -37,7 +40,7 @@ class Losses:
 
     def emit(self, tape: Tape) -> str:
         """Emit the sum of all."""
-        total = _mean(tape, [_distance(tape, head, target) for head, target in self.heads.items()])
+        total = _mean(tape, [self._distance(tape, head, target) for head, target in self.heads.items()])
         if self.features:
             parts = [deviation(tape, name, target) for name, target in self.features.items()]
             total = tape.add(total, tape.mul(_mean(tape, parts), BALANCE))
@@ -52,6 +55,13 @@ class Losses:
             total = tape.add(tape.scale(total, 1 - self.weight), tape.scale(known, self.weight))
         return total
 
+    def _distance(self, tape: Tape, head: Head, target: str) -> str:
+        """Return how far a head is from the original's."""
+        values = value_to_fit(tape, self.graph, head)
+        if head.logits:
+            return surprise(tape, values, target)
+        return deviation(tape, values, target) if head.axis is None else divergence(tape, values, target, head.axis)
+
     @property
     def loss(self) -> Loss:
         """The function that emits them."""
@@ -65,13 +75,6 @@ def _mean(tape: Tape, parts: Sequence[str]) -> str:
     return tape.scale(total, 1 / len(parts))
 
 
-def _distance(tape: Tape, head: Head, target: str) -> str:
-    """Return how far a head is from the original's."""
-    if head.axis is None:
-        return deviation(tape, head.tensor, target)
-    return divergence(tape, head.tensor, target, head.axis)
-
-
 def divergence(tape: Tape, scores: str, target: str, axis: int, temperature: float = TEMPERATURE) -> str:
     """Return T^2 KL(softmax(wanted / T) || softmax(scores / T)), averaged over rows.
 
@@ -83,6 +86,19 @@ def divergence(tape: Tape, scores: str, target: str, axis: int, temperature: flo
     p = tape.unary("Exp", log_p)
     rows = max(1, _size(shape) // shape[axis])
     return tape.scale(tape.total(tape.mul(p, tape.sub(log_p, log_q))), temperature**2 / rows)
+
+
+def surprise(tape: Tape, logits: str, target: str) -> str:
+    """Return the divergence of probabilities that stand alone, in nats per one that is likely in the original.
+
+    sum KL(p || q) / (1 + sum min(p, 1 - p)), with p of the original. The gradient by a logit is q - p, so that a few
+    objects count among thousands of places without any, and saturated values still have one.
+    """
+    q_gap, p_gap = (
+        tape.sub(tape.unary("Softplus", x), tape.mul(tape.unary("Sigmoid", target), x)) for x in (logits, target)
+    )
+    rare = tape.unary("Sigmoid", tape.scale(tape.unary("Abs", target), -1))
+    return tape.div(tape.total(tape.sub(q_gap, p_gap)), tape.shift(tape.total(rare), 1.0))
 
 
 def deviation(tape: Tape, values: str, target: str) -> str:

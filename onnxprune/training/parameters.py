@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx
 
 from onnxprune.gradients.static import StaticGraph
+from onnxprune.gradients.tape import Tape
+from onnxprune.graph.evaluate import evaluate
 from onnxprune.graph.view import Node
-from onnxprune.operators.registry import gradient_of, rule_of
+from onnxprune.operators.registry import Move, gradient_of, rule_of
+from onnxprune.runtime.sessions import Array
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -149,14 +153,16 @@ class Head:
         tensor: its name, in both models.
         output: the model output that it decides.
         axis: axis of scores of classes that exclude each other; None where the values themselves are fitted.
+        logits: tensor with the logits where every value is a probability by itself; empty where none is.
     """
 
     tensor: str
     output: str
     axis: int | None = None
+    logits: str = ""
 
 
-def heads(graph: StaticGraph, weights: Iterable[str]) -> list[Head]:
+def heads(graph: StaticGraph, weights: Iterable[str], by_parts: bool = False) -> list[Head]:
     """Return the last tensors in front of the outputs that gradients can reach, a softmax at the end left out.
 
     Of an output that is computed without a gradient (a class, the boxes that a suppression chose, codes), these are
@@ -165,6 +171,8 @@ def heads(graph: StaticGraph, weights: Iterable[str]) -> list[Head]:
     Args:
         graph: the graph.
         weights: the weights to train.
+        by_parts: whether an output that is joined from parts with scores among them, as detectors join boxes, objects
+            and classes, comes back as these parts, and probabilities with their logits.
     """
     weight_tensors, reached = _of_weights_alone(graph), set(weights)
     for node in graph.nodes:
@@ -179,8 +187,10 @@ def heads(graph: StaticGraph, weights: Iterable[str]) -> list[Head]:
             if maker is None or name in weight_tensors:
                 continue
             if graph.is_float(name) and name in reached:
-                head = _before_softmax(graph, name, output)
-                result.setdefault(head.tensor, head)
+                parts = _parts(graph, name, output, reached) if by_parts else []
+                if not any(h.logits or h.axis is not None for h in parts):
+                    parts = [_before_softmax(graph, name, output)]
+                result.update({head.tensor: head for head in parts if head.tensor not in result})
                 continue
             new = [i for i in maker.inputs if i and i not in visited]
             queue += new
@@ -201,6 +211,81 @@ def _before_softmax(graph: StaticGraph, name: str, output: str) -> Head:
             break
         current = node.inputs[0]
     return Head(name, output)
+
+
+def _parts(graph: StaticGraph, name: str, output: str, reached: Collection[str]) -> list[Head]:
+    """Return the tensors that operators which compute nothing make a tensor of.
+
+    Args:
+        graph: the graph.
+        name: the tensor.
+        output: the output that it decides.
+        reached: tensors that depend on weights.
+    """
+    result: list[Head] = []
+    joined, visited = [name], {name}
+    while joined:
+        part = current = joined.pop()
+        while current in reached and graph.is_float(current):
+            node = graph.producer[current]
+            rule, moves = rule_of(node), rule_of(node).moves
+            axis = rule.score_axis(node, len(graph.shapes[node.inputs[0]]))
+            if axis is not None and part == current:
+                result.append(Head(node.inputs[0], output, axis))
+                break
+            if moves is Move.JOIN:
+                joined += [i for i in node.inputs if i not in visited]
+                visited.update(node.inputs)
+                break
+            if moves is None or moves is Move.REPEAT:
+                logits = node.inputs[0] if rule.logistic else ""
+                is_traced = part == current or (logits and _positions(graph, part, current) is not None)
+                result.append(Head(part, output, logits=logits if is_traced else ""))
+                break
+            # A selection stays on the way, since what it drops decides nothing.
+            part = node.inputs[0] if moves.keeps_all and part == current else part
+            current = node.inputs[0]
+    return result
+
+
+def _positions(graph: StaticGraph, name: str, source: str) -> Array | None:
+    """Return the flat positions in ``source`` of the values of a tensor that moves them; None where unknown."""
+    nodes: list[tuple[Node, str]] = []
+    while name != source:
+        nodes.append((graph.producer[name], name))
+        name = nodes[-1][0].inputs[0]
+    shape = graph.shapes[source]
+    value = np.arange(prod(shape), dtype=np.int64).reshape(shape)
+    for node, output in reversed(nodes):
+        operands = [value, *(graph.constants.get(i) for i in node.inputs[1:])]
+        if rule_of(node).moves in (Move.SAME, Move.CAST):
+            continue
+        values = evaluate(node, operands)
+        if values is None or values[node.outputs.index(output)].shape != graph.shapes[output]:
+            return None
+        value = values[node.outputs.index(output)]
+    return value
+
+
+def value_to_fit(tape: Tape, graph: StaticGraph, head: Head) -> str:
+    """Emit what is fitted of a head: its tensor, or the logits of its values.
+
+    Args:
+        tape: the tape.
+        graph: its graph.
+        head: the head.
+    """
+    if not head.logits:
+        return head.tensor
+    name = head.tensor
+    while head.logits not in graph.producer[name].inputs:
+        name = graph.producer[name].inputs[0]
+    if name == head.tensor:
+        return head.logits
+    positions = _positions(graph, head.tensor, name)
+    assert positions is not None
+    flat = tape.reshape(head.logits, [prod(graph.shapes[name])])
+    return tape.emit("Gather", [flat, tape.constant(positions)], positions.shape, axis=0)
 
 
 def bottlenecks(graph: StaticGraph) -> list[str]:

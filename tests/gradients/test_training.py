@@ -18,7 +18,7 @@ from onnxprune.gradients.tape import Tape
 from onnxprune.training.augment import Augmentation, image_axes
 from onnxprune.training.curvature import Curvature
 from onnxprune.training.loop import Course, Effort, train
-from onnxprune.training.losses import Losses, deviation, divergence
+from onnxprune.training.losses import Losses, deviation, divergence, surprise
 from onnxprune.training.parameters import Head, bottlenecks, heads, trainable
 from onnxprune.training.step import Adam, Parameters, Step, rate_at, step_sizes
 
@@ -58,7 +58,7 @@ def test_losses_equal_their_formulas() -> None:
     own = value_of(graph, lambda t: deviation(t, head.tensor, "wanted"), feed, (16, 3))
     assert own == pytest.approx(((scores - wanted) ** 2).sum() / (wanted**2).sum(), rel=1e-4)
     classes = np.eye(3, dtype=np.float32)[RNG.integers(0, 3, 16)]
-    losses = Losses({head: "wanted"}, {}, {head: "wanted"}, weight=1.0)
+    losses = Losses(graph, {head: "wanted"}, {}, {head: "wanted"}, weight=1.0)
     own = value_of(graph, losses.emit, {"x": X, "wanted": classes}, (16, 3))
     assert own == pytest.approx(-(classes * np.log(softmax(scores))).sum(1).mean(), rel=1e-4)
 
@@ -131,7 +131,7 @@ def distilled(
     (head,) = heads(student, student.variables)
     target = RNG.standard_normal((16, 3)).astype(np.float32)
     names, _ = trainable(student)
-    losses = Losses({head: "wanted"}, {}, {})
+    losses = Losses(student, {head: "wanted"}, {}, {})
     inputs = {"wanted": ((16, 3), np.dtype(np.float32))}
     training = training_graph(student, losses.emit, names, inputs=inputs)
     parameters = Parameters({n: student.constants[n] for n in training.gradients})
@@ -260,13 +260,52 @@ def test_steep_weights_get_small_steps() -> None:
     graph = static(net.model(y), {"x": X})
     (head,) = heads(graph, graph.variables)
     inputs = {"wanted": ((16, 5), np.dtype(np.float32))}
-    training = training_graph(graph, Losses({head: "wanted"}, {}, {}).emit, trainable(graph)[0], inputs=inputs)
+    training = training_graph(graph, Losses(graph, {head: "wanted"}, {}, {}).emit, trainable(graph)[0], inputs=inputs)
     parameters = Parameters({n: graph.constants[n] for n in training.gradients})
     call = {"x": X, "wanted": RNG.standard_normal((16, 5)).astype(np.float32)}
     start = parameters.vector.copy()
     sizes, doubling = step_sizes(Step(training, parameters, threads=1), [call], parameters, 0)
     assert (sizes <= parameters.scales() * (1 + 1e-6)).all() and 0 < doubling < np.inf
     np.testing.assert_array_equal(parameters.vector, start)
+
+
+def test_a_detector_is_fitted_by_its_boxes_and_the_logits_of_its_scores() -> None:
+    """The output of a YOLO is joined from them, decoded boxes beside a selection of probabilities."""
+    net = Net(18)
+    x = net.input("x", ["N", 2, 4])
+    maps = [net.op("MatMul", x, net.weight(4, 6)) for _ in range(2)]
+    probabilities = net.op("Sigmoid", net.op("Concat", *maps, axis=1))
+    boxes = net.op("Mul", net.slice(probabilities, 0, 4, 2), net.const(np.float32(8)))
+    scores = net.transpose(net.slice(probabilities, 4, 6, 2), 1, 0, 2)
+    y = net.op("Concat", net.transpose(boxes, 1, 0, 2), scores, axis=2)
+    data = RNG.standard_normal((3, 2, 4)).astype(np.float32)
+    graph = static(net.model(y), {"x": data})
+    assert [h.tensor for h in heads(graph, graph.variables)] == [y]
+    fitted = {bool(h.logits): h for h in heads(graph, graph.variables, by_parts=True)}
+    assert len(fitted) == 2 and graph.shapes[fitted[False].tensor] == (3, 4, 4)
+    shape = graph.shapes[fitted[True].tensor]
+    wanted = RNG.standard_normal(shape).astype(np.float32)
+    losses = Losses(graph, {fitted[True]: "wanted"}, {}, {})
+    own = value_of(graph, losses.emit, {"x": data, "wanted": wanted}, shape)
+    logits = np.concatenate([data @ graph.constants[w] for w in graph.variables], 1)[:, :, 4:]
+    logits = logits if logits.shape == shape else logits.transpose(1, 0, 2)
+    p, q = 1 / (1 + np.exp(-wanted.astype(float))), 1 / (1 + np.exp(-logits.astype(float)))
+    nats = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum()
+    assert own == pytest.approx(nats / (1 + np.minimum(p, 1 - p).sum()), rel=1e-4)
+
+
+def test_few_objects_count_among_many_places_without_any() -> None:
+    """A lost object costs as much in a thousand places as in ten, and an unsaturated one has a gradient."""
+    values = []
+    for size in (10, 1000):
+        wanted = np.full((1, size), -9, np.float32)
+        wanted[0, 0] = 3
+        net = Net(18)
+        y = net.op("Mul", net.input("x", [1, size]), net.weight(1, size))
+        graph = static(net.model(y), {"x": wanted})
+        lost = {"x": np.full_like(wanted, -9) / graph.constants[graph.variables[0]], "wanted": wanted}
+        values.append(value_of(graph, lambda t, y=y: surprise(t, y, "wanted"), lost, wanted.shape))
+    assert values[0] > 5 and values[1] == pytest.approx(values[0], rel=0.15)
 
 
 def test_steps_along_the_axes_of_the_inputs_learn_what_adam_does_not() -> None:
@@ -278,7 +317,7 @@ def test_steps_along_the_axes_of_the_inputs_learn_what_adam_does_not() -> None:
     net = Net(18)
     y = net.linear(net.input("x", ["N", 2]), 2, 3, gemm=True)
     graph = static(net.model(y), {"x": data})
-    loss = Losses({Head(y, y): "wanted"}, {}, {})
+    loss = Losses(graph, {Head(y, y): "wanted"}, {}, {})
     training = training_graph(graph, loss.emit, graph.variables, inputs={"wanted": ((64, 3), np.dtype(np.float32))})
     call, ends = {"x": data, "wanted": target}, []
     for turned in (False, True):

@@ -298,6 +298,31 @@ def test_with_many_samples_it_runs_by_itself(
         assert facts.after.points >= facts.before.points
 
 
+def detector() -> onnx.ModelProto:
+    """Boxes and scores at 64 places of an image, joined to one output."""
+    build = Net(17, seed=3)
+    h = build.op("Relu", build.conv(build.input("x", ["N", 3, 8, 8]), 3, 16))
+    h = build.op("Relu", build.conv(h, 16, 16))
+    maps = [build.conv(h, 16, 4), build.op("Sigmoid", build.conv(h, 16, 2))]
+    flat = build.reshape(build.op("Concat", *maps, axis=1), 0, 6, 64)
+    return build.model(build.transpose(flat, 0, 2, 1))
+
+
+@pytest.mark.dense
+@pytest.mark.parametrize(("samples", "steps"), [(16, 60), (15, 0)])
+def test_samples_with_many_positions_count_for_more(samples: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detectors come with tens of images, of thousands of places each."""
+    monkeypatch.setattr("onnxprune.passes.finetune._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
+    data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
+    options: dict[str, Any] = {"criterion": "l2", "data": data, "batch_size": 2, "latency": False}
+    facts = op.prune(detector(), ratio=0.6, **options).report.finetuning
+    assert (facts is None and steps == 0) or (facts.steps == steps and facts.batch == 4)
+    if not steps:
+        with pytest.raises(op.UsageError, match="needs 16 samples or more, and there are 15"):
+            op.prune(detector(), ratio=0.6, finetune=5, **options)
+
+
 def coded(model: onnx.ModelProto, kind: Any = np.int8) -> onnx.ModelProto:
     """The same model with its kernels as codes, a scale per output, and DequantizeLinear."""
     result = onnx.ModelProto()
