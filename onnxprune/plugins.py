@@ -1,10 +1,16 @@
-"""Extensions by name: built in, registered by a program, or announced by another package's entry point."""
+"""Extensions by name: built in, registered by a program, announced by another package's entry point, or in a script."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from onnxprune.errors import UsageError, nearest
@@ -79,3 +85,67 @@ class Named(Generic[T]):
                 self._table.setdefault(name, extension)
             self._loaded = True
         return sorted(self._table)
+
+
+# -- functions in scripts ----------------------------------------------------------------------------------------------
+
+
+def load_function(text: str, option: str, hint: str) -> Callable[..., Any]:
+    """Run a script, once unless it changes, and return one of its functions.
+
+    Args:
+        text: ``script.py:function``.
+        option: the option that names it, for messages.
+        hint: form of such a function, for messages.
+
+    Raises:
+        UsageError: no such file or function, or a file that does not run.
+    """
+    path, sign, name = text.rpartition(":")
+    if not sign or not path or not name:
+        raise UsageError(f"{option}: {text!r} is not script.py:function", hint=hint)
+    if not Path(path).is_file():
+        raise UsageError(f"{option}: no file {path!r}", hint=hint)
+    if importlib.util.spec_from_file_location("script", path) is None:
+        raise UsageError(f"{option}: {path!r} is not a Python file", hint=hint)
+    try:
+        module = _run_script(Path(path).resolve(), Path(path).stat().st_mtime_ns)
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        raise UsageError(f"{option}: {path} does not run: {in_words(error)}", hint=hint) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UsageError(f"{option}: {path} has no function {name!r}", hint=nearest(name, names) or hint)
+    loaded: Callable[..., Any] = function
+    return loaded
+
+
+@cache
+def _run_script(path: Path, modified: int) -> ModuleType:
+    """Run a script with its folder on the import path; ``modified``: time of its last change."""
+    spec = importlib.util.spec_from_file_location(f"onnxprune_script_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether an exception comes from the user or the system, and not from the user's function."""
+    if not isinstance(error, KeyboardInterrupt):
+        return isinstance(error, MemoryError)
+    # The package's signal handlers raise their own exception class.
+    return type(error) is not KeyboardInterrupt or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def in_words(error: BaseException) -> str:
+    """Return an exception as text."""
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

@@ -1233,7 +1233,7 @@ SETTINGS: tuple[Setting, ...] = (
         NamedFunction("NAME", "from a slot (and its maps) to scores [channels]"),
         f"Importance criterion; default ziplm with {argument('data')}, else l2. By weights: l1, l2, gm, lamp, "
         f"bn, random; by feature maps of {argument('data')}: wanda, obs, variance, activation, apoz, nuclear, hrank, "
-        "cosine, snp, ziplm; or a registered name.",
+        "cosine, snp, ziplm; a registered name; or a function of a script, script.py:function.",
         {"prune": HOW, "sensitivity": HOW, "sweep": HOW, "sparsify": HOW},
         conflicts=_PLAN,
         variants={

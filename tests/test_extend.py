@@ -289,3 +289,23 @@ def test_a_rule_of_ones_own_says_which_sizes_have_to_agree() -> None:
     op.rules.register(ACME, "Lookup", rule=Lookup())
     probes = Analysis(model).facts.probes
     assert free[1] != 11 and all(probe.inputs["x"][1] == 11 for probe in probes)
+
+
+def test_a_criterion_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line takes a function of a file, which runs once although it registers a name."""
+    monkeypatch.chdir(tmp_path)
+    Path("acme.py").write_text(
+        "import onnxprune as op\n\n\n"
+        "@op.criteria.register('acme_last')\n"
+        "def last(slot):\n"
+        "    return -slot.matrix.std(axis=1)\n"
+    )
+    assert op.criteria.get("acme.py:last") is op.criteria.get("acme.py:last") is op.criteria.get("acme_last")
+    results = [
+        op.prune(MODELS / "residual.onnx", criterion=name, ratio=0.3, validate=False) for name in ("acme.py:last", "l2")
+    ]
+    assert results[0].plan.criterion == "acme.py:last"
+    assert results[0].plan.groups != results[1].plan.groups
+    with pytest.raises(op.UsageError, match="has no function 'lost'") as caught:
+        op.criteria.get("acme.py:lost")
+    assert "'last'" in str(caught.value.hint)

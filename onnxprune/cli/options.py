@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from onnxprune.cli import config
-from onnxprune.errors import Note, UsageError, argument, nearest, spelled
+from onnxprune.errors import Note, UsageError, argument, spelled
 from onnxprune.report.console import Screen
 from onnxprune.settings import (
     TARGET_KINDS,
@@ -442,12 +442,9 @@ def check_criterion(options: CommandOptions) -> None:
     from onnxprune.importance import criteria
     from onnxprune.importance.scores import needs_data
 
-    names = criteria.names()
-    if options.criterion not in names:
-        hint = nearest(options.criterion, names)
-        raise UsageError(f"{argument('criterion')}: unknown criterion {options.criterion!r}", hint=hint)
+    criterion = criteria.get(options.criterion)
     blind = options.values.get("plan") is None and options.data is None
-    if blind and criteria.needs_of(criteria.get(options.criterion)):
+    if blind and criteria.needs_of(criterion):
         raise needs_data(options.criterion)
 
 

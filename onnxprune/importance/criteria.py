@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, lapack
 from scipy.linalg.blas import dgemm
 
-from onnxprune.errors import ExtensionError
+from onnxprune.errors import ExtensionError, UsageError, argument, nearest
 from onnxprune.importance.statistics import Maps
-from onnxprune.plugins import Named
+from onnxprune.plugins import Named, load_function
 
 Criterion = Callable[..., "NDArray[Any] | None"]
 """``f(slot)``, or ``f(slot, maps)`` where it needs feature maps: scores [channels] of one slot, higher matters more;
@@ -102,11 +102,16 @@ def unregister(name: str) -> None:
 
 
 def get(name: str) -> Criterion:
-    """Return the criterion of that name.
+    """Return the criterion of that name, or the function that ``script.py:function`` names.
 
     Raises:
         UsageError: there is none; the nearest name is suggested.
     """
+    if ".py:" in name:
+        hint = "Give script.py:function, from a slot to one score per channel."
+        return load_function(name, argument("criterion"), hint)
+    if name not in _named.names():
+        raise UsageError(f"{argument('criterion')}: unknown criterion {name!r}", hint=nearest(name, names()))
     return _named.get(name)
 
 

@@ -205,6 +205,12 @@ class AnswerFidelity:
     distance: float = 0.0
 
 
+def _below(value: float, limit: float, digits: int) -> str:
+    """Return a number below a limit as text, with so many digits that the text is below it as well."""
+    texts = [f"{value:.{n}f}" for n in range(digits, 9)]
+    return next((text for text in texts if float(text) < limit), texts[0])
+
+
 @dataclass(slots=True)
 class Fidelity:
     """Fidelity of every output; ``source``: the inputs that were used (``synthetic`` or the data's path).
@@ -229,9 +235,10 @@ class Fidelity:
         if least > 1:
             points = math.nan if self.points is None else self.points
             answer = ", ".join(self.worst.outputs[:4]) if self.worst is not None else ""
-            return "" if points >= least else f"fidelity of {points:.1f} points{f' ({answer})' if answer else ''}"
+            text = _below(points, least, 1)
+            return "" if points >= least else f"fidelity of {text} points{f' ({answer})' if answer else ''}"
         cosine = self.worst_centred_cosine
-        return "" if cosine >= least else f"worst cosine {cosine:.4f}"
+        return "" if cosine >= least else f"worst cosine {_below(cosine, least, 4)}"
 
     @property
     def worst(self) -> AnswerFidelity | None:

@@ -165,7 +165,8 @@ def unpruned(report: Report) -> list[Text]:
 def _advice(report: Report, spelled: Callable[[str], str]) -> Iterator[Text]:
     """One line where factorized layers take longer with less work: more layers have to be started."""
     timed, sums = report.latency, report.totals
-    if timed is None or timed.speed_verdict != "slower" or sums.macs_after >= sums.macs_before or report.layers:
+    is_slower = timed is not None and timed.speed_verdict == "slower" and sums.macs_after < sums.macs_before
+    if not is_slower or not report.factorized or report.layers:
         return
     how = spelled(Note(argument("method", "auto")))
     advice = f"fewer MACs but slower: {how} factorizes only layers that get faster on this machine"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +14,14 @@ from numpy.typing import NDArray
 from onnxprune.allocation.selection import macs_after
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan, PlanBranch
-from onnxprune.errors import UsageError, argument, nearest
+from onnxprune.errors import UsageError, argument
 from onnxprune.passes.calibration import TrialSplit
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.recover import Recover, noise
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
 from onnxprune.pipeline import Context, Model, PassResult, Progress, apply
+from onnxprune.plugins import in_words, is_interrupt, load_function
 from onnxprune.report.facts import Fact, Fidelity, Recovered, Recovery, Sizes
 from onnxprune.runtime.fidelity import fidelity, hints_of
 from onnxprune.runtime.sessions import Feed
@@ -77,10 +74,10 @@ def measure_metric(metric: Metric, path: Path) -> float:
     try:
         value = metric(str(path))
     except BaseException as error:
-        if _is_interrupt(error):
+        if is_interrupt(error):
             raise
         raise UsageError(
-            f"The metric {label} failed: {_words(error)}",
+            f"The metric {label} failed: {in_words(error)}",
             hint="Write a function from the path of a model to a number, higher is better.",
         ) from error
     finally:
@@ -97,48 +94,14 @@ def measure_metric(metric: Metric, path: Path) -> float:
     return number
 
 
-def _is_interrupt(error: BaseException) -> bool:
-    """Return whether an exception comes from the user or the system, and not from the metric itself."""
-    if not isinstance(error, KeyboardInterrupt):
-        return isinstance(error, MemoryError)
-    # The package's signal handlers raise their own exception class.
-    return type(error) is not KeyboardInterrupt or signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def _words(error: BaseException) -> str:
-    """Return an exception as text."""
-    if isinstance(error, SystemExit):
-        return f"it called sys.exit({'' if error.code is None else repr(error.code)})"
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-
-
 def load_metric(text: str) -> Metric:
     """Load the function that ``script.py:function`` names.
 
     Raises:
         UsageError: no such file or function, or a file that does not run.
     """
-    path, sign, name = text.rpartition(":")
     hint = "Give script.py:function, a function from the path of a model to a number, higher is better."
-    if not sign or not path or not name:
-        raise UsageError(f"{argument('metric')}: {text!r} is not script.py:function", hint=hint)
-    if not Path(path).is_file():
-        raise UsageError(f"{argument('metric')}: no file {path!r}", hint=hint)
-    spec = importlib.util.spec_from_file_location(f"onnxprune_metric_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{argument('metric')}: {path!r} is not a Python file", hint=hint)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        with _modules_beside(Path(path)):
-            spec.loader.exec_module(module)
-    except BaseException as error:
-        if _is_interrupt(error):
-            raise
-        raise UsageError(f"{argument('metric')}: {path} does not run: {_words(error)}", hint=hint) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UsageError(f"{argument('metric')}: {path} has no function {name!r}", hint=nearest(name, names) or hint)
+    function = load_function(text, argument("metric"), hint)
     return ScriptMetric(function, text)
 
 
@@ -156,17 +119,6 @@ class ScriptMetric:
     def __reduce__(self) -> tuple[Callable[[str], Metric], tuple[str]]:
         """Return the name alone: workers load the script themselves."""
         return load_metric, (self.label,)
-
-
-@contextmanager
-def _modules_beside(path: Path) -> Iterator[None]:
-    """Put a script's folder on the import path, so that it can import modules beside it."""
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------

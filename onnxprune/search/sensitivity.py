@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,8 @@ def measure_sensitivity(
     """
     analysis = selector.analysis
     settings = _settings(context, selector, mode, metric, shares)
-    cache_file = _cache_file(context, analysis.loaded.sha256, settings, metric)
+    functions = [selector.criterion] if metric is None else [selector.criterion, metric]
+    cache_file = _cache_file(context, analysis.loaded.sha256, settings, functions)
     if cache_file is not None and not anew and cache_file.is_file():
         with suppress(UsageError):  # measure damaged curves again
             cached = Sensitivity.load(cache_file)
@@ -169,11 +170,13 @@ def _settings(
     }
 
 
-def _cache_file(context: Context, sha256: str, settings: dict[str, Any], metric: Metric | None) -> Path | None:
-    """Return the file of these curves; None where data or metric have no digest."""
+def _cache_file(
+    context: Context, sha256: str, settings: dict[str, Any], functions: Sequence[Callable[..., Any]]
+) -> Path | None:
+    """Return the file of these curves; None where data, criterion or metric have no digest."""
     data = "" if context.calibration is None else CalibrationBatches(context, context.analysis).fingerprint()
-    code = "" if metric is None else _source_of(metric)
-    if data is None or code is None:
+    code = [_source_of(function) for function in functions]
+    if data is None or None in code:
         return None
     run = context.seed, context.effort.name, repr(context.input_shapes)
     key = json.dumps([VERSION, sha256, settings, data, code, *run], sort_keys=True)
@@ -181,9 +184,9 @@ def _cache_file(context: Context, sha256: str, settings: dict[str, Any], metric:
     return folder / f"sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def _source_of(metric: Metric) -> str | None:
-    """Return the text of the file that a metric is in, so that curves of a changed metric are measured again."""
-    function = getattr(metric, "function", metric)
+def _source_of(function: Callable[..., Any]) -> str | None:
+    """Return the text of the file that a function is in, so that curves of a changed function are measured again."""
+    function = getattr(function, "function", function)
     with suppress(OSError, TypeError):
         return Path(inspect.getfile(function)).read_text(encoding="utf-8", errors="replace")
     return None

@@ -44,6 +44,7 @@ BAD = [
     (["--steps", "two"], "--steps: two is not allowed", "whole number from 1"),
     (["--criterion", "wanda"], "--criterion wanda needs data", "--data"),
     (["--criterion", "l3"], "unknown criterion 'l3'", "did you mean 'l"),
+    (["--criterion", "none.py:f"], "--criterion: no file 'none.py'", "to one score per channel"),
     (["--apply-plan", "none.json"], "plan 'none.json' not found", "check the path"),
     (["--data", "none.npz"], "data 'none.npz' not found", "check the path"),
     (["--ratoi", "0.3"], "no such option '--ratoi'", "did you mean --ratio?"),

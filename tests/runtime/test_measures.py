@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnxprune.report.facts import Fidelity
 from onnxprune.runtime.fidelity import Hint
 from onnxprune.runtime.fidelity.kinds import read_outputs, softmax
 from onnxprune.runtime.fidelity.measures import decoded, edit_distance, match_boxes, measure_of
@@ -189,3 +190,11 @@ def test_matching_takes_each_box_once() -> None:
     partner, overlap = match_boxes(box, np.array([1]), np.repeat(box, 2, 0), np.array([1, 1]))
     assert partner.tolist() == [0, -1] and overlap[0] == pytest.approx(1)
     assert match_boxes(box, np.array([1]), box, np.array([2]))[0].tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("points", "least", "text"),
+    [(46.02, 95, "46.0 points"), (99.963, 99.99, "99.96 points"), (99.98996, 99.99, "99.98996 points"), (99, 95, "")],
+)
+def test_a_shortfall_shows_the_digits_that_are_missing(points: float, least: float, text: str) -> None:
+    assert text in Fidelity([], 1, "data", points=points).shortfall(least)

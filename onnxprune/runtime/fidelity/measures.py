@@ -208,8 +208,10 @@ class Classes(Measure):
         return not self.dense and not self.broken
 
     def lost(self) -> str:
-        """Say how often the class is another one."""
+        """Return how often the class is another one, as text."""
         what = "positions" if self.dense else "samples"
+        if self.agree == self.rows:
+            return f"same class for all {self.rows} {what}, other probabilities"
         return f"another class for {self.rows - self.agree} of {self.rows} {what}"
 
 
