@@ -102,7 +102,7 @@ def measure_sensitivity(
     """
     analysis = selector.analysis
     settings = _settings(context, selector, mode, metric, shares)
-    functions = [selector.criterion] if metric is None else [selector.criterion, metric]
+    functions: list[Callable[..., Any]] = [selector.criterion, *([] if metric is None else [metric])]
     cache_file = _cache_file(context, analysis.loaded.sha256, settings, functions)
     if cache_file is not None and not anew and cache_file.is_file():
         with suppress(UsageError):  # measure damaged curves again
