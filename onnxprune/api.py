@@ -13,7 +13,7 @@ from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import Plan
 from onnxprune.devices import Kernels
-from onnxprune.errors import Note, UsageError, argument
+from onnxprune.errors import BudgetError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.graph.resized import Resizing
 from onnxprune.importance.criteria import Criterion, get, needs_of
@@ -53,6 +53,7 @@ from onnxprune.search.budget import Budget
 from onnxprune.search.comparison import MeasureMetric, check_gates, compare_models
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
+from onnxprune.search.problem import tolerance
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
@@ -266,9 +267,8 @@ def prune(
     amounts = {"target": target, "max_drop": max_drop, "ratio": ratio, "plan": plan, "layers": layers}
     searches = has_budget({**amounts, "remove_dead": remove_dead})
     quality = (metric, max_drop) if searches else (None, None)
-    spec = BudgetSpec.of(
-        target, min_fidelity, *quality, latency_table, sensitivity, jobs, factorize=factorize, trials=trials
-    )
+    gates = target, min_fidelity, *quality, latency_table, sensitivity, jobs
+    spec = BudgetSpec.of(*gates, factorize=factorize, trials=trials, quantize=quantize)
     mode_and_reason = mode, reason = settle_mode(recover, data is not None, validate)
     common = {"approximate": approximate, **options.arguments}
     _check_depth(depth, spec, keep_cache)
@@ -316,7 +316,7 @@ def prune(
     if spec.any:
         _warn_of_targets_met_before(result.report)
     _warn_of_no_gain(result.report)
-    _warn_of_float_costs(result.report)
+    _check_quantized_costs(result.report)
     if judged:
         _check_quality(result, min_fidelity, max_drop)
     return result
@@ -334,12 +334,27 @@ def _warn_of_targets_met_before(report: Report) -> None:
             report.warnings.append(f"{target.asked} was met before pruning: the original has {original}")
 
 
-def _warn_of_float_costs(report: Report) -> None:
-    """Warn of targets that were met by the model before it was quantized."""
-    targets = report.budget.targets if report.budget is not None else ()
-    kinds = sorted({target.kind for target in targets} & {"size", "latency", "peak-memory"})
-    if report.quantization is not None and kinds:
-        what = f"{argument('target')} {' and '.join(kinds)}"
+def _check_quantized_costs(report: Report) -> None:
+    """Check the size of a quantized file against its target, and warn of targets that the float model met.
+
+    Raises:
+        BudgetError: the file is larger than the target allows.
+    """
+    if report.quantization is None or report.budget is None:
+        return
+    targets = {target.kind: target for target in report.budget.targets}
+    size = targets.get("size")
+    if size is not None:
+        size.after = float(report.totals.bytes_after)
+        if size.after > size.limit * (1 + tolerance("size")):
+            best = Target("size", size.after, absolute=True)
+            raise BudgetError(
+                f"{size.asked} was not met: the quantized file has {best}.",
+                hint=f"Nothing was written. Ask for less, or drop {argument('quantize')}.",
+            )
+    float_kinds = [kind for kind, target in targets.items() if kind == "peak-memory" or target.how == "predicted"]
+    if float_kinds:
+        what = f"{argument('target')} {' and '.join(sorted(float_kinds))}"
         report.warnings.append(Note(f"{what}: met by the float model; {argument('quantize')} came after it"))
 
 

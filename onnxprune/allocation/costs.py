@@ -310,36 +310,55 @@ class Macs:
         return np.asarray(total, dtype=np.float64)[:, None]
 
 
+@dataclass(frozen=True, slots=True)
+class CodedFile:
+    """The file of a model whose weights are stored in 8 bits.
+
+    Attributes:
+        size: its bytes.
+        weights: names of the weights that are codes.
+    """
+
+    size: int
+    weights: frozenset[str]
+
+
 class WeightCost:
     """Elements or bytes of all weights, one row.
 
     Constants that pruning adds, and the few bytes by which names and shapes in the file change, are not counted.
 
     Args:
-        what: ``params``, ``size`` (the file's bytes) or ``weights`` (bytes of the weights alone).
+        sizes: sizes of all tensors as functions of counts.
+        kind: ``params``, ``size`` (the file's bytes) or ``weights`` (bytes of the weights alone).
+        coded: the file that counts for ``size``, where it is not the model's own.
     """
 
-    def __init__(self, sizes: Sizes, kind: str) -> None:
+    def __init__(self, sizes: Sizes, kind: str, coded: CodedFile | None = None) -> None:
         self._sizes, self._what = sizes, kind
+        self._coded = frozenset[str]() if coded is None else coded.weights
         analysis = sizes.analysis
         temporary = analysis.copies.keys() | {name for item in analysis.hoists for name in item.new_names}
         weights = {n: w for n, w in analysis.graph.weights.items() if n not in temporary}
         self._moving = {n: w for n, w in weights.items() if sizes.touched(n)}
         unchanged = {
             "params": analysis.parameters,
-            "size": analysis.loaded.size,
+            "size": analysis.loaded.size if coded is None else coded.size,
             "weights": sum(_bytes(w, prod(w.shape)) for w in weights.values()),
         }
-        self._fixed = unchanged[kind] - sum(self._of(w, prod(w.shape)) for w in self._moving.values())
+        self._fixed = unchanged[kind] - sum(self.of(n, prod(w.shape)) for n, w in self._moving.items())
 
     def rows(self, counts: Counts) -> Costs:
         """Return elements or bytes [cuts, 1]."""
         shape = self._sizes.at(counts)
-        parts = (self._of(w, prod(shape(name))) for name, w in self._moving.items())
+        parts = (self.of(name, prod(shape(name))) for name in self._moving)
         return np.asarray(sum(parts, start=np.full(len(counts), float(self._fixed))))[:, None]
 
-    def _of(self, weight: Weight, elements: Any) -> Any:
-        return elements if self._what == "params" else _bytes(weight, elements)
+    def of(self, name: str, elements: Any) -> Any:
+        """Return what so many elements of a weight count, by its name."""
+        if self._what == "params" or name in self._coded:
+            return elements
+        return _bytes(self._sizes.analysis.graph.weights[name], elements)
 
 
 def _bytes(weight: Weight, elements: Any) -> Any:
@@ -367,11 +386,18 @@ class Peak:
         return self._memory.rows[moment].label, float(alive[moment]) / max(peak, 1.0)
 
 
-def costs_of(analysis: Analysis, sizes: Sizes, kind: str) -> Cost:
-    """Return the countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``."""
+def costs_of(analysis: Analysis, sizes: Sizes, kind: str, coded: CodedFile | None = None) -> Cost:
+    """Return the countable cost of that kind: ``macs``, ``params``, ``size`` or ``peak-memory``.
+
+    Args:
+        analysis: of the model.
+        sizes: sizes of all tensors as functions of counts.
+        kind: of the cost.
+        coded: the file that counts for ``size``, where it is not the model's own.
+    """
     if kind == "macs":
         return Macs(sizes)
-    return Peak(sizes) if kind == "peak-memory" else WeightCost(sizes, kind)
+    return Peak(sizes) if kind == "peak-memory" else WeightCost(sizes, kind, coded)
 
 
 def total(cost_of: Cost, counts: Counts) -> Costs:

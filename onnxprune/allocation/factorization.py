@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.costs import Cost, Costs, Counts, Sizes
+from onnxprune.allocation.costs import Cost, Costs, Counts, Sizes, WeightCost
 from onnxprune.allocation.knapsack import Choices
 from onnxprune.allocation.latency_model import Latency
 from onnxprune.graph import cost
@@ -74,8 +74,8 @@ class FactorizedCost:
         if self._kind == "macs":
             return np.asarray(sum(cost.macs(node, shape) for node in part.nodes), dtype=np.float64)
         elements = np.asarray(np.prod(np.broadcast_arrays(*shape(part.weight)), axis=0), dtype=np.float64)
-        weight = self._sizes.analysis.graph.weights[part.weight]
-        return elements * (weight.dtype.itemsize if self._kind == "size" else 1)
+        assert isinstance(self._original, WeightCost)
+        return np.asarray(self._original.of(part.weight, elements), dtype=np.float64)
 
 
 def add_parts(choices: Choices, parts: Sequence[Part], rate: float) -> Choices:

@@ -229,10 +229,11 @@ class Latency:
     Args:
         places: the nodes.
         table: the measurements.
+        factor: on all times, where the models to predict are faster than those that were measured.
     """
 
-    def __init__(self, places: NodeKinds, table: LatencyTable) -> None:
-        self.places, self.table = places, table
+    def __init__(self, places: NodeKinds, table: LatencyTable, factor: float = 1.0) -> None:
+        self.places, self.table, self.factor = places, table, factor
         self._surfaces = fit_models(places, table.samples)
         shape = places.sizes.analysis.facts.shape
         moving = {n.index for n in places.moving}
@@ -246,11 +247,12 @@ class Latency:
         for node in self.places.moving:
             total += self._time(node, shape, len(counts))
         seconds = self.table.overhead + self.table.slope * total
-        return np.asarray(np.maximum(seconds, _MIN_SECONDS * total))[:, None]
+        return self.factor * np.asarray(np.maximum(seconds, _MIN_SECONDS * total))[:, None]
 
     def of(self, nodes: Iterable[Node], shape: ShapeOf, cuts: int) -> Array:
         """Return the time [cuts] in seconds that some nodes add to a run, for shapes of so many pruned models."""
-        return np.asarray(self.table.slope * sum(self._time(node, shape, cuts) for node in nodes))
+        slope = self.factor * self.table.slope
+        return np.asarray(slope * sum(self._time(node, shape, cuts) for node in nodes))
 
     def of_nodes(self, counts: Counts) -> dict[str, float]:
         """Return seconds of every node for counts [groups]."""

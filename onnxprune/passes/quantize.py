@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,9 @@ _PER_CHANNEL = 13
 """The first opset with a scale for each channel."""
 _SMALL = 512
 """Weights with fewer elements save nothing as codes that are decoded when the model is loaded."""
+_CODES = "_quantized"
+"""End of the name of a weight's codes."""
+_NEXT_TO_NOTHING = 1e-30
 _RANGES = 512
 """Largest number of samples to find ranges of activations with."""
 
@@ -95,10 +99,8 @@ class Quantize(Pass):
                 facts.samples = split.num_fit
                 facts.rounded, facts.corrected = work.round(split.fit, per_channel)
             zeros = work.zeros()
-            with Workspace.of(context.analysis) as trial:
-                feeds = None if self.mode == "dynamic" or split is None else _first(split.fit)
-                parts, facts.bytes_float = _converted(trial, work.model.model(), per_channel, feeds)
-            parts = _stored_as_codes(parts, model.analysis, per_channel)
+            feeds = None if self.mode == "dynamic" or split is None else _first(split.fit)
+            parts, facts.bytes_float = work.quantized(per_channel, feeds)
             facts.weights, facts.elements = _num_codes(parts)
             if not facts.weights:
                 raise _nothing(model)
@@ -113,6 +115,34 @@ class Quantize(Pass):
             outside = split.validation.inputs is not split.fit
             hold_out = HoldOut(split.validation.inputs, f"{name}, {'not' if outside else 'also'} used to quantize")
         return PassResult(model.with_parts(parts, as_pruned=model.as_pruned or model.parts, hold_out=hold_out), notes)
+
+
+def quickly_quantized(context: Context, model: Model, mode: str) -> ModelParts:
+    """Return a model as :class:`Quantize` stores it, weights rounded to the nearest code: of the same size and speed.
+
+    Args:
+        context: the run; ``qdq`` needs data.
+        model: the float model.
+        mode: ``dynamic`` or ``qdq``.
+
+    Raises:
+        ModelError, BudgetError: as of :class:`Quantize`.
+    """
+    per_channel = check_quantizable(model, mode)
+    work = _Work(context, model.analysis, Prepared(*fold_normalisations(model)[0]))
+    if not work.is_float:
+        raise _nothing(model)
+    feeds = None
+    if context.calibration is not None:
+        work.open_biases()
+        first = itertools.islice(CalibrationBatches(context, model.analysis).batches(), 1)
+        feeds = None if mode == "dynamic" else list(first)
+    return work.quantized(per_channel, feeds)[0]
+
+
+def coded_weights(parts: ModelParts) -> frozenset[str]:
+    """Return the names that the weights of a quantized model had before they were codes."""
+    return frozenset(name.removesuffix(_CODES) for name, w in parts[1].items() if _are_codes(w))
 
 
 def check_quantizable(model: Model, mode: str) -> bool:
@@ -291,6 +321,25 @@ class _Work:
         for layer, (matrix, bias) in zip(layers, rounded, strict=True):
             layer.write(matrix, bias)
         return len(layers), sum(not layer.fixed_bias for layer in layers)
+
+    def open_biases(self) -> None:
+        """Give a bias to every layer that a correction would give one to; the values do not matter."""
+        for layer in self.layers:
+            if _has_own_scales(layer) and not layer.fixed_bias:
+                matrix, bias = layer.read()
+                if not bias.any():
+                    layer.write(matrix, bias + _NEXT_TO_NOTHING)
+
+    def quantized(self, per_channel: bool, feeds: Sequence[Feed] | None) -> tuple[ModelParts, int]:
+        """Return the model in 8 bits, and the bytes of its float file.
+
+        Args:
+            per_channel: whether each output channel of a weight has a scale of its own.
+            feeds: inputs to find ranges of activations with; None: they are found at run time.
+        """
+        with Workspace.of(self.context.analysis) as trial:
+            parts, size = _converted(trial, self.model.model(), per_channel, feeds)
+        return _stored_as_codes(parts, self.analysis, per_channel), size
 
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of every layer's weight that has any, by its name."""

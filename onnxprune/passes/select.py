@@ -30,6 +30,7 @@ from onnxprune.errors import Note, UsageError, argument
 from onnxprune.graph.facts import integer_bounds
 from onnxprune.graph.probes import input_specs
 from onnxprune.importance.criteria import Criterion, Slot, needs_of
+from onnxprune.importance.criteria import get as get_criterion
 from onnxprune.importance.scores import (
     ScoredSlot,
     all_constant,
@@ -168,6 +169,38 @@ class Selector:
             self._last = self._rank(None, 1.0, self._savings())
             self.pool_of = self._last
         return self.pool_of
+
+    def include_unreached(self) -> dict[int, Array]:
+        """Add to the pool the groups in branches that no sample takes: without them a budget may be out of reach.
+
+        Their units are ordered by their weights, and a group counts as much as the others do on average, because what
+        no sample shows can neither be scored on data nor measured.
+
+        Returns:
+            Shares [units] of each unit in the score of its group, by group id; empty where there are no such groups.
+        """
+        pool = self.pool()
+        numbers = {n for n, is_reached in self._reached.items() if not is_reached and n not in pool}
+        groups = [g for g in self.candidates.groups if g.id in numbers]
+        of_squares = by_squares(get_criterion("l2"))
+        assert of_squares is not None
+        items = scored(self._by_squares(groups, None), of_squares) if groups else []
+        sizes = {g.id: g.size for g in groups}
+        scores = unit_scores(items, sizes, "none", self.request.policy)
+        shares = {n: values / max(float(values.sum()), 1e-30) for n, values in scores.items()}
+        mean = float(np.mean([group.values.sum() for group in pool.values()]))
+        multiples = None if self.rounding is None else self.rounding.multiples
+        ranked = rank_groups(
+            self.analysis,
+            self.request,
+            self.candidates,
+            {n: share * mean for n, share in shares.items()},
+            multiples=multiples,
+        )
+        self.pool_of = self._last = {**pool, **ranked}
+        for number in ranked:
+            del self.excluded[number]
+        return {n: shares[n] for n in ranked}
 
     def at(self, ratio: float) -> Mask:
         """Return a mask over the atoms to remove at another ratio; with one step, scores are computed only once."""

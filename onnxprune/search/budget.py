@@ -112,7 +112,7 @@ class Budget(Pass, Options):
     shorter: bool = False
 
     def __post_init__(self) -> None:
-        if check_mode(self.recover) != "none":
+        if check_mode(self.recover) != "none" or self.spec.quantize == "qdq":
             object.__setattr__(self, "requires", (UNPRUNED, HAS_INPUTS))
         if self.steps != 1:
             raise UsageError(
@@ -395,7 +395,24 @@ class Search:
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
         curves = self._curves(context, selector)
         sensitivity = None if curves else self._output_sensitivity(context, selector)
-        self._unrounded = partial(SearchProblem.of, self.context, selector, targets, table, curves, sensitivity)
+        build = partial(SearchProblem.of, self.context, selector, targets, table, quantize=self.spec.quantize)
+        self._unrounded = partial(build, curves, sensitivity)
+        problem = self._unrounded()
+        counted = [t for t in targets if t.kind not in ("latency", "peak-memory")]
+        if all(problem.reachable(t.kind) <= problem.limits()[t.kind] for t in counted):
+            return problem
+        shares = selector.include_unreached()
+        if not shares:
+            return problem
+        what = "1 group lies" if len(shares) == 1 else f"{len(shares)} groups lie"
+        selector.warnings.append(
+            f"{what} in branches that no calibration sample takes, and the target cannot be met without them: their "
+            "channels are chosen by their weights alone. Give data that take these branches"
+        )
+        if sensitivity is not None:
+            mean = float(np.mean([scores.sum() for scores in sensitivity.values()]))
+            sensitivity = {**sensitivity, **{number: share * mean for number, share in shares.items()}}
+        self._unrounded = partial(build, curves, sensitivity)
         return self._unrounded()
 
     def _curves(self, context: Context, selector: Selector) -> Curves | None:
@@ -628,7 +645,8 @@ class Search:
     ) -> CandidateFacts:
         """Return the facts of a candidate that was evaluated, at its cost of the first kind."""
         kind = next(iter(problem.costs))
-        counted = {"size": evaluation.size, "params": evaluation.params}
+        counted = {"params": evaluation.params}
+        counted |= {"size": evaluation.size} if problem.quantize is None else {}
         cost = evaluation.macs if kind == "macs" and candidate.factorize is not None else counted.get(kind)
         share = (candidate.costs[kind] if cost is None else cost) / self._originals.get(kind, problem.base(kind))
         return CandidateFacts(candidate.name, share, evaluation.quality.points, trial)

@@ -128,7 +128,8 @@ def _trial(context: Context, short: Model, prune: Prune, spec: BudgetSpec, mode:
     if any(t.kind == "latency" for t in spec.targets):
         sizes = rewritable_sizes(analysis)
         table, analysis = latency_table(context, sizes, source=spec.latency_table), sizes.analysis
-    problem = SearchProblem.of(context, prune.selector(context, analysis), spec.targets, table)
+    selector = prune.selector(context, analysis)
+    problem = SearchProblem.of(context, selector, spec.targets, table, quantize=spec.quantize)
     candidate = next(iter(problem.candidates()), None)
     if candidate is None:
         raise BudgetError("The targets are out of reach with this number of branches.")

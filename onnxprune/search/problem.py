@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import log, prod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.costs import Cost, Counts, Peak, Sizes, costs_of, total
+from onnxprune.allocation.costs import CodedFile, Cost, Counts, Peak, Sizes, costs_of, total
 from onnxprune.allocation.knapsack import (
     Allocation,
     Choices,
@@ -31,9 +32,10 @@ from onnxprune.errors import BudgetError, UsageError, argument
 from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.prepared import cut_model
+from onnxprune.passes.quantize import coded_weights, quickly_quantized
 from onnxprune.passes.select import Selector
 from onnxprune.passes.workspace import Workspace, timing_feed
-from onnxprune.pipeline import Context, ModelParts
+from onnxprune.pipeline import Context, Model, ModelParts
 from onnxprune.search.evaluation import Evaluation
 from onnxprune.search.latency import Bench, block_levels
 from onnxprune.targets import Target
@@ -89,6 +91,7 @@ class SearchProblem:
         lead: the choices whose candidates are expected, or known, to have the best quality.
         table: of times, where one is asked for.
         corrections: factors on the limits of those kinds of which a recovered model has exceeded its limit.
+        quantize: mode of the quantization that follows; sizes and times are then those of quantized models.
     """
 
     context: Context
@@ -102,6 +105,7 @@ class SearchProblem:
     lead: str
     table: LatencyTable | None = None
     corrections: Mapping[str, float] = field(default_factory=dict)
+    quantize: str | None = None
 
     @classmethod
     def of(
@@ -114,6 +118,7 @@ class SearchProblem:
         sensitivity: Mapping[int, NDArray[np.float64]] | None = None,
         *,
         rounded: bool = True,
+        quantize: str | None = None,
     ) -> SearchProblem:
         """Build the problem of one model.
 
@@ -125,9 +130,10 @@ class SearchProblem:
             curves: measured losses {group: (shares removed, losses)}, where there are any.
             sensitivity: scores [units] by group that sum to the group's output sensitivity, if measured.
             rounded: whether groups keep multiples that the device likes.
+            quantize: mode of the quantization that follows.
 
         Raises:
-            UsageError: the model has no cost of a target's kind.
+            UsageError: the model has no cost of a target's kind. ModelError: it cannot be quantized.
         """
         scored = selector.pool()
         groups = [selector.analysis.units.groups[n] for n in scored]
@@ -151,7 +157,24 @@ class SearchProblem:
         if curves:
             choices["sensitivities"] = by_curves(ranked, levels, curves, list(scored))
         lead = list(choices)[-1]
-        return cls(context, selector, scored, sizes, costs, originals, choices, tuple(targets), lead, table)
+        problem = cls(context, selector, scored, sizes, costs, originals, choices, tuple(targets), lead, table)
+        return problem if quantize is None else problem._in_eight_bits(quantize)
+
+    def _in_eight_bits(self, mode: str) -> SearchProblem:
+        """Return the problem with sizes and times of quantized models, in proportion to those of the original."""
+        costs, timed = dict(self.costs), "latency" in self.costs and self.is_measured_here
+        if "size" in costs or timed:
+            analysis = self.analysis
+            with Workspace.of(analysis) as trial:
+                parts = quickly_quantized(self.context, Model.of(analysis), mode)
+                path, size = trial.write(*parts, "quantized")
+                if "size" in costs:
+                    coded = CodedFile(size, coded_weights(parts))
+                    costs["size"] = costs_of(analysis, self.sizes, "size", coded)
+                if timed:
+                    assert self.table is not None
+                    costs["latency"] = Latency(NodeKinds(self.sizes), self.table, self._share_of_time(trial, path))
+        return replace(self, costs=costs, quantize=mode)
 
     @property
     def analysis(self) -> Analysis:
@@ -194,9 +217,10 @@ class SearchProblem:
         choices = self.choices[source or "scores"]
         limits, best = self.limits(), None
         correction = LimitCorrection({kind: self.corrections.get(kind, 1.0) for kind in self.costs})
-        for _ in range(_CORRECTIONS):
+        for number in range(_CORRECTIONS):
             constraints = [Limit(self.costs[k], maximum * correction.now[k]) for k, maximum in limits.items()]
-            allocation = solve(choices, constraints)
+            is_last = number == _CORRECTIONS - 1 and best is None and "latency" in limits
+            allocation = None if is_last else solve(choices, constraints)
             if allocation is None:
                 # A time is predicted to be out of reach: the fastest counts may be within it all the same.
                 allocation = self._least(choices) if best is None and "latency" in limits else None
@@ -225,6 +249,8 @@ class SearchProblem:
             costs["macs"] = float(evaluation.macs)
             if "latency" in self.costs:
                 costs |= self.measured_model(evaluation.model.parts, {"latency"})
+        if self.quantize is not None and "size" in self.costs:
+            costs |= self.measured_model(evaluation.model.parts, {"size"})
         return replace(candidate, costs={**candidate.costs, **{k: v for k, v in costs.items() if k in self.costs}})
 
     def over(self, candidate: Candidate) -> dict[str, float]:
@@ -282,16 +308,24 @@ class SearchProblem:
 
         The original of the run is meant, with its branches where the analysed model lacks some.
         """
+        parts = flush(model)[0]
+        costs = {"params": float(sum(int(np.prod(w.shape)) for w in parts[1].values()))}
+        timed = "latency" in kinds and self.is_measured_here
+        if self.quantize is not None and (timed or "size" in kinds):
+            parts = quickly_quantized(self.context, Model.of(self.analysis).with_parts(parts), self.quantize)
         with Workspace.of(self.context.analysis) as trial:
-            proto, weights = flush(model)[0]
-            path, size = trial.write(proto, weights, "measured")
-            costs = {"size": float(size), "params": float(sum(int(np.prod(w.shape)) for w in weights.values()))}
-            if "latency" in kinds and self.is_measured_here:
-                feed = timing_feed(self.context, trial)
-                bench = Bench(self.analysis, self.sizes, self.context.device, feed, trial)
-                before, after = bench.time_models([trial.original, path])
-                costs["latency"] = float(after / before) * self.base("latency")
+            path, size = trial.write(*parts, "measured")
+            costs["size"] = float(size)
+            if timed:
+                costs["latency"] = self._share_of_time(trial, path) * self.base("latency")
         return {kind: cost for kind, cost in costs.items() if kind in kinds}
+
+    def _share_of_time(self, trial: Workspace, path: Path) -> float:
+        """Return the time of a model in proportion to that of the original, both measured in turn."""
+        feed = timing_feed(self.context, trial)
+        bench = Bench(self.analysis, self.sizes, self.context.device, feed, trial)
+        before, after = bench.time_models([trial.original, path])
+        return float(after / before)
 
     def reachable(self, kind: str) -> float:
         """Return the least cost of a kind, with other limits ignored; a measured time where possible.
@@ -329,7 +363,7 @@ def tolerance(kind: str) -> float:
 # A measured time below this share of its limit leaves room for less pruning; corrections stop a little short of the
 # limit, and end where a candidate fits and the next correction would change less than this.
 _SLACK, SAFE, _SMALL = 0.95, 0.995, 0.01
-_MAX_RISE = 1.5
+_MAX_RISE, _MAX_STEEPNESS = 1.5, 4.0
 
 
 class LimitCorrection:
@@ -343,6 +377,7 @@ class LimitCorrection:
         self.now = dict(start)
         self._fitted: dict[str, float] = {}
         self._failed: dict[str, float] = {}
+        self._exceeded: dict[str, tuple[float, float]] = {}
         self._ended = False
 
     def update(self, over: Mapping[str, float]) -> bool:
@@ -368,12 +403,23 @@ class LimitCorrection:
     def _move(self, kind: str, share: float) -> bool:
         """Move a factor to where the cost would fit if it moved with its limit, within the known bounds."""
         before = self.now[kind]
-        after = min(before * SAFE / share, before * _MAX_RISE)
+        after = min(before * (SAFE / share) ** self._steepness(kind, share), before * _MAX_RISE)
         low, high = self._fitted.get(kind), self._failed.get(kind)
         if (low is not None and after <= low) or (high is not None and after >= high):
             after = 0.5 * ((before if low is None else low) + (before if high is None else high))
         self.now[kind] = after
         return share > 1 or abs(after / before - 1) > _SMALL
+
+    def _steepness(self, kind: str, share: float) -> float:
+        """Return how much faster the limit has to fall than the cost, by the last two of those that exceeded it."""
+        if share <= 1:
+            return 1.0
+        now, last = (self.now[kind], share), self._exceeded.get(kind)
+        self._exceeded[kind] = now
+        if last is None or now[0] >= last[0]:
+            return 1.0
+        limits, costs = log(last[0] / now[0]), log(last[1] / now[1])
+        return _MAX_STEEPNESS if costs * _MAX_STEEPNESS <= limits else max(1.0, limits / costs)
 
 
 # -- errors of a budget that is not met --------------------------------------------------------------------------------

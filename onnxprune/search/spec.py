@@ -34,6 +34,7 @@ class BudgetSpec:
         jobs: number of processes that measure it.
         factorize: factorize layers as well, where that has a better quality than pruning; not for ``peak-memory``.
         trials: candidates to try around the best one; None: with recovery about half a minute of work, else none.
+        quantize: mode of the quantization that follows; sizes and times are then those of quantized models.
     """
 
     targets: tuple[Target, ...] = ()
@@ -45,6 +46,7 @@ class BudgetSpec:
     jobs: int | None = None
     factorize: bool = False
     trials: int | None = None
+    quantize: str | None = None
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class BudgetSpec:
         jobs: int | None = None,
         factorize: bool = False,
         trials: int | None = None,
+        quantize: str | None = None,
     ) -> BudgetSpec:
         """Build the request from the arguments of a call.
 
@@ -76,7 +79,9 @@ class BudgetSpec:
         if factorize:
             _check_factorization(targets)
         function = load_metric(metric) if isinstance(metric, str) else metric
-        return cls(targets, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials)
+        return cls(
+            targets, min_fidelity, function, max_drop, latency_table, sensitivity, jobs, factorize, trials, quantize
+        )
 
     @property
     def any(self) -> bool:

@@ -224,7 +224,7 @@ speech (float[?, 1, 32] x, float[2, ?, 4] state, int64 rate) => (float[?, 1] y, 
 def test_a_recurrent_net_with_states_for_inputs_runs_on_recorded_calls() -> None:
     """The batch is the second axis of the states; the recording joins them, and all arrays, to one number of rows."""
     model = build(
-        SPEECH, w0=(16, 1, 3), wx=(1, 16, 16), wh=(1, 16, 4), w1=(4, 1), w2=(8, 1, 8), w3=(8, 1), zero=np.array([0])
+        SPEECH, w0=(16, 1, 3), wx=(1, 16, 16), wh=(1, 16, 4), w1=(4, 1), w2=(32, 1, 8), w3=(32, 1), zero=np.array([0])
     )
     draw = np.random.default_rng(1)
     shapes = {"x": (80, 1, 32), "state": (80, 1, 4)}
@@ -233,3 +233,9 @@ def test_a_recurrent_net_with_states_for_inputs_runs_on_recorded_calls() -> None
     result = op.prune(model, ratio=0.5, data=data, latency=False)
     assert result.report.exactness.passed and result.report.recovery.samples + result.report.recovery.aside == 40
     assert sizes(result.model, "w0") == [8, 1, 3] and sizes(result.model, "wx") == [1, 16, 8]
+    assert sizes(result.model, "w2") == [32, 1, 8]
+    # A budget that needs the other branch, too, prunes it by its weights, and says so.
+    result = op.prune(model, target="macs=0.45", data=data, effort="quick", latency=False)
+    assert result.report.totals.macs_after <= 0.46 * result.report.totals.macs_before
+    assert 4 < sizes(result.model, "w2")[0] < 32
+    assert any(w.startswith("1 group lies in branches that no calibration") for w in result.report.warnings)
