@@ -296,7 +296,7 @@ def prune(
         first = None
     _check_labels(labels, first, tuned)
     by_default = finetune is None and mode_and_reason == ("full", "data was given")
-    trained = [ShortFinetune()] if by_default else tuned
+    trained = [ShortFinetune(augment, blocks)] if by_default else tuned
     locks = _locking(pattern_lock, mode_and_reason[0], tuned)
     later = [*trained, *_quantizing(quantize)]
     turned = _rotation(rotate, first, mode, data is not None and validate and effort != "quick", spec)

@@ -2231,7 +2231,10 @@ def called(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 _OF_PASSES: Mapping[str, Kind] = {
     **{name: Patterns() for name in ("include", "exclude")},
     **{name: Flag() for name in ("approximate", "check", "exact", "faithful", "keep_cache", "keep_ids", "trained")},
+    "batch_size": Integer(1, "the number of samples of a step"),
     "between": Stages(),
+    "features": Integer(0, "the number of tensors between blocks to compare"),
+    "loss": Function("f(outputs, targets, labels) that returns its value and its gradients"),
     "memory_limit": Bytes(),
     "plan": PathTo("FILE.json", "a plan or its file", attribute="factorized"),
     "rank": Ranks(),

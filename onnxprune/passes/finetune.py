@@ -16,7 +16,7 @@ import onnx
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.survivors import Survivors
-from onnxprune.errors import ModelError, Note, UsageError, argument
+from onnxprune.errors import ModelError, Note, UsageError, argument, nearest
 from onnxprune.gradients.backward import inference_graph, training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.gradients.tape import Tape
@@ -158,9 +158,15 @@ class ShortFinetune(Pass):
     It needs 512 samples or more, 16 where outputs have many positions (detectors, segmentation), an effort whose work
     is 50 steps or more, and a model that answers otherwise than the original. An obstacle to the training is no error
     here.
+
+    Args:
+        augment, blocks: see :class:`Finetune`.
     """
 
     requires = (HAS_INPUTS,)
+
+    def __init__(self, augment: str = "auto", blocks: str = "no") -> None:
+        self._settings = {"augment": augment, "blocks": blocks}
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""
@@ -180,7 +186,7 @@ class ShortFinetune(Pass):
             (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
             if distance(before) < _CLOSE:
                 return untouched
-            return Finetune(steps)(context, model)
+            return Finetune(steps, **self._settings)(context, model)
         except OtherDataError as error:
             return PassResult(model, [Remark(f"not fine-tuned: {error.args[0]}")], changed=False)
         except (UsageError, ModelError):
@@ -311,26 +317,44 @@ class _OwnLoss:
         values = run(self._session, {n: v for n, v in inputs.items() if n in self._accepted})
         outputs = {head.output: values[shown] for head, shown in self._shown.items()}
         targets = {head.output: feed[self._names[head.tensor]] for head in self._shown}
-        value, gradients = self._function(outputs, targets, labels)
-        if not np.isfinite(value):
-            raise UsageError(
-                f"{argument('loss')} returned {value}",
-                hint="Return a finite number for every batch: divide by its size.",
-            )
+        value, gradients = self._checked(self._function(outputs, targets, labels), outputs)
         result: Feed = {}
         linear = 0.0
         for head, name in self.gradient_names.items():
             user_output = outputs[head.output]
-            gradient = np.asarray(gradients.get(head.output, np.zeros_like(user_output)), np.float32)
-            if gradient.shape != user_output.shape or not np.isfinite(gradient).all():
+            gradient = np.asarray(gradients.get(head.output, np.zeros_like(user_output)))
+            is_real = gradient.dtype.kind in "iuf" and bool(np.isfinite(gradient).all())
+            if gradient.shape != user_output.shape or not is_real:
                 raise UsageError(
                     f"{argument('loss')} returned a gradient of shape {list(gradient.shape)} for output "
                     f"{head.output!r} of {list(user_output.shape)}, or NaN in it",
                     hint="Return finite gradients of the shape of each output.",
                 )
-            result[name] = gradient
+            result[name] = gradient.astype(np.float32)
             linear += float(np.vdot(gradient, user_output))
-        return {**result, OFFSET: np.asarray(float(value) - linear, np.float32)}
+        return {**result, OFFSET: np.asarray(value - linear, np.float32)}
+
+    def _checked(self, returned: Any, outputs: Feed) -> tuple[float, Mapping[str, Array]]:
+        """Return the value and gradients that a function returned; raises UsageError where it is anything else."""
+        name = argument("loss")
+        is_pair = isinstance(returned, tuple | list) and len(returned) == 2
+        if not is_pair or np.ndim(returned[0]) or not isinstance(returned[1], Mapping):
+            raise UsageError(
+                f"{name} returned {type(returned).__name__}, not its value and its gradients",
+                hint="Return a number and {output: gradient}.",
+            )
+        value, gradients = returned
+        if not np.issubdtype(np.asarray(value).dtype, np.number) or not np.isfinite(value):
+            raise UsageError(
+                f"{name} returned {value}", hint="Return a finite number for every batch: divide by its size."
+            )
+        unknown = next((n for n in gradients if n not in outputs), None)
+        if unknown is not None:
+            raise UsageError(
+                f"{name} returned a gradient for {unknown!r}, which is none of its outputs",
+                hint=nearest(str(unknown), outputs),
+            )
+        return float(value), gradients
 
 
 @dataclass(slots=True)
@@ -392,6 +416,8 @@ class Training:
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
         weights, reasons = trainable(student)
+        if not weights:
+            raise _untrainable(reasons)
         by_parts = settings.loss is None and labels is None
         fitted = fitted_heads(student, weights, original, before, f"Drop {argument('finetune')}.", by_parts=by_parts)
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
@@ -413,8 +439,7 @@ class Training:
         frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
         frozen = {n: r for n, r in frozen.items() if not any(n in c.settings for c in coded)}
         if not graph.gradients:
-            why = next(iter(frozen.values()), "it has no weights in float32")
-            raise ModelError(f"No weight of the model can be trained: {why}.", hint=f"Drop {argument('finetune')}.")
+            raise _untrainable(frozen)
         parameters = Parameters({n: student.constants[n] for n in graph.gradients}, _locked(model, coded))
         step = Step(graph, parameters, context.device.threads)
         calls = max(1, -(-batch // size))
@@ -736,6 +761,18 @@ class Reconstruction:
         student = self.training.student
         labels = {name: (shape, np.dtype(np.float32)) for name, shape in self.training.labels.values()}
         return {shown: (student.shapes[n], student.kinds[n]) for n, shown in self.names.items()} | labels
+
+
+def _untrainable(reasons: Mapping[str, str]) -> ModelError:
+    """Return the error of a model whose weights all stay as they are.
+
+    Args:
+        reasons: the reason for each weight.
+    """
+    parameters = {name: why for name, why in reasons.items() if "parameter" not in why}
+    name, why = next(iter(parameters.items()), ("", ""))
+    text = f"weight {name!r}: {why}" if name else "it has no weights in float32"
+    return ModelError(f"No weight of the model can be trained: {text}.", hint=f"Drop {argument('finetune')}.")
 
 
 def _locked(model: Model, coded: Sequence[CodedWeight]) -> frozenset[str]:

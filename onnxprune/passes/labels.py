@@ -29,8 +29,7 @@ def read_labels(source: Any, context: Context, analysis: Analysis) -> Array:
     Raises:
         UsageError: the file cannot be read, its values are no labels, or there is not one per sample.
     """
-    values = _loaded(source) if isinstance(source, (str, Path)) else source
-    values = np.asarray(values)
+    values = _loaded(source) if isinstance(source, (str, Path)) else _array(source)
     if values.dtype.kind == "b":
         values = values.astype(np.int64)
     if values.dtype.kind not in "iuf" or not values.ndim:
@@ -50,6 +49,17 @@ def read_labels(source: Any, context: Context, analysis: Analysis) -> Array:
             f"{argument('labels')}: {len(values)} labels for {samples} samples", hint="Give one per sample, in order."
         )
     return values
+
+
+def _array(source: Any) -> Array:
+    """Return labels as an array."""
+    try:
+        return np.asarray(source)
+    except ValueError as error:
+        raise UsageError(
+            f"{argument('labels')}: {type(source).__name__} whose rows have several lengths is not allowed",
+            hint="Give classes or values, the same number for every sample.",
+        ) from error
 
 
 def _loaded(path: str | Path) -> Array:
@@ -92,9 +102,10 @@ def labelled_head(fitted: Sequence[Head], student: StaticGraph, labels: Array) -
         fits = labels.dtype.kind == "f" and labels.shape[1:] == shape[1:]
         if fits and (head.axis is None or _are_probabilities(labels, head.axis)):
             return head
+    shape = ", ".join(["samples", *map(str, labels.shape[1:])])
     raise UsageError(
-        f"{argument('labels')}: {labels.dtype} of shape {list(labels.shape)} fits no output of the model",
-        hint="Give classes [samples] for scores, or values of an output's shape.",
+        f"{argument('labels')}: {labels.dtype} of shape [{shape}] fits no output of the model",
+        hint="Give classes [samples] as integers for scores, or values of an output's shape.",
     )
 
 

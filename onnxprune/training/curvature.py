@@ -66,9 +66,11 @@ class Curvature:
         grams: dict[str, Array] = {}
         for feed in feeds:
             values = run(session, {n: v for n, v in feed.items() if n in accepted})
-            for weight, (form, data) in sites.items():
-                grams[weight] = grams.get(weight, 0.0) + _gram(form, values[shown[data]])
-        return cls(parameters, {weight: _axes(sites[weight][0], gram) for weight, gram in grams.items()})
+            with np.errstate(over="ignore", invalid="ignore"):
+                for weight, (form, data) in sites.items():
+                    grams[weight] = grams.get(weight, 0.0) + _gram(form, values[shown[data]])
+        usable = {weight: gram for weight, gram in grams.items() if np.isfinite(gram).all()}  # inputs may overflow
+        return cls(parameters, {weight: _axes(sites[weight][0], gram) for weight, gram in usable.items()})
 
     def turned(self, gradient: Vector) -> Vector:
         """Return a gradient in the coordinates."""

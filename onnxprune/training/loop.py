@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnxprune.runtime.sessions import Feed
 from onnxprune.training.step import Adam, Parameters, Step, Vector, rate_at
@@ -120,7 +121,8 @@ def train(
     if not state.resume():
         guard.look(0)
     start = time.monotonic() - course.seconds
-    with _interruptible() as interrupted:
+    # Threads of the optimiser's small products would wait for work on the cores that the step needs.
+    with _interruptible() as interrupted, threadpool_limits(limits=1, user_api="blas"):
         while (share := effort.progress(course.steps, time.monotonic() - start)) < 1:
             if interrupted.is_set():
                 course.stopped = "interrupted"
@@ -216,6 +218,7 @@ class _Guard:
     def look(self, step: int) -> float:
         """Judge the present weights, and keep them where they are the best; return their distance."""
         distance = self._judge() if np.isfinite(self._parameters.vector).all() else math.inf
+        distance = math.inf if math.isnan(distance) else distance
         self._course.curve.append((step, distance))
         if distance < self.distance:
             self.distance, self._course.best = distance, step

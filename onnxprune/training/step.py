@@ -166,10 +166,17 @@ class Adam:
         if self._coordinates is not None:
             gradient = self._coordinates.turned(gradient)
         one, two = np.float32(1 - self._first), np.float32(1 - self._second)
-        self.mean += one * (gradient - self.mean)
-        self.square += two * (np.square(gradient) - self.square)
+        change = gradient - self.mean
+        change *= one
+        self.mean += change
+        np.square(gradient, out=change)
+        change -= self.square
+        change *= two
+        self.square += change
         correction = math.sqrt(1 - self._second**self.count) / (1 - self._first**self.count)
-        move: Vector = np.asarray(self.mean / (np.sqrt(self.square) + np.float32(1e-12)), np.float32)
+        move: Vector = np.sqrt(self.square, out=change)
+        move += np.float32(1e-12)
+        np.divide(self.mean, move, out=move)
         if self._coordinates is not None:
             move = self._coordinates.back(move)
         move *= self._sizes

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from build import Net
 from differences import static
+from threadpoolctl import threadpool_info
 
 from onnxprune.gradients.backward import training_graph
 from onnxprune.gradients.static import StaticGraph
@@ -366,3 +367,21 @@ def test_frozen_layers_are_left_alone() -> None:
     names, reasons = trainable(replace(graph, kinds={n: np.dtype(np.float16) for n in graph.kinds}))
     assert not names and all("float32 alone" in why for why in reasons.values())
     assert isinstance(Tape({}, {}), Tape)
+
+
+def test_distances_that_are_no_numbers_count_as_growth() -> None:
+    values = iter([1.0, *[float("nan")] * 100])
+    course, _, _ = distilled(60, judge=lambda: next(values))
+    assert course.best == 0 and "grew" in course.stopped
+
+
+def test_products_of_the_optimiser_take_one_thread() -> None:
+    """More of them would spin on the cores that the step needs."""
+    threads: list[int] = []
+
+    def judge() -> float:
+        threads.extend(x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas")
+        return 1.0
+
+    distilled(10, judge=judge)
+    assert set(threads[len(threads) // 2 :]) == {1}

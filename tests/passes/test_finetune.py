@@ -155,6 +155,10 @@ def test_a_loss_of_the_users_own() -> None:
     for wrong, message in (
         (lambda o, t, y: (float("nan"), {}), "loss returned nan"),
         (lambda o, t, y: (1.0, {n: v[:1] for n, v in o.items()}), "returned a gradient of shape"),
+        (lambda o, t, y: (1.0, dict.fromkeys(o, "a")), "returned a gradient of shape"),
+        (lambda o, t, y: (1.0, {"scores": 0.0}), "a gradient for 'scores', which is none of its outputs"),
+        (lambda o, t, y: 1.0, "returned float, not its value and its gradients"),
+        (3, "3 is no function"),
     ):
         with pytest.raises(op.UsageError, match=message):
             run(wrong, 2)
@@ -196,9 +200,11 @@ def test_the_effort_of_the_run_bounds_it() -> None:
         (np.full(192, -1), "class -1 is out of range"),
         (np.zeros((192, 7), np.float32), "fits no output"),
         (np.array(["a"] * 192), "is not allowed"),
+        ([[0, 1], [2]], "several lengths"),
+        (np.zeros(192), "fits no output"),
     ],
 )
-def test_labels_that_do_not_fit(labels: np.ndarray, message: str) -> None:
+def test_labels_that_do_not_fit(labels: Any, message: str) -> None:
     with pytest.raises(op.UsageError, match=message):
         tuned(labels=labels)
 
@@ -208,6 +214,30 @@ def test_few_samples_are_refused_unless_asked_for() -> None:
     with pytest.raises(op.UsageError, match="needs 64 samples or more, and there are 40"):
         tuned(data=few)
     assert tuned(data=few, samples=40, finetune=5).report.finetuning.steps == 5
+
+
+def test_models_without_a_weight_to_train_are_refused() -> None:
+    model = net()
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+        )
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    with pytest.raises(op.ModelError, match="holds float16, and float32 alone is trained"):
+        tuned(model, data={"x": DATA["x"].astype(np.float16)}, recover="none", finetune=2)
+
+
+def test_inputs_that_overflow_undo_it() -> None:
+    facts = tuned(data={"x": DATA["x"] * np.float32(1e30)}, recover="none", finetune=3).report.finetuning
+    assert facts.undone and facts.stopped == "the loss was no number"
+
+
+@pytest.mark.parametrize("arguments", [{"rate": 0.0}, {"batch_size": 0}, {"features": -1}, {"loss": 3}])
+def test_settings_of_the_pass_are_checked(arguments: dict[str, Any]) -> None:
+    with pytest.raises(op.UsageError, match=f"{next(iter(arguments))}: "):
+        op.passes.Finetune(2, **arguments)
 
 
 def test_data_without_variety_are_refused() -> None:
@@ -276,6 +306,7 @@ def test_in_a_pipeline() -> None:
     ("samples", "arguments", "steps"),
     [
         (512, {}, 60),
+        (512, {"augment": "none"}, 60),
         (512, {"finetune": False}, 0),
         (512, {"finetune": "none"}, 0),
         (512, {"effort": "quick"}, 0),
@@ -292,6 +323,7 @@ def test_with_many_samples_it_runs_by_itself(
     result = op.prune(net(), ratio=0.6, criterion="l2", data=data, latency=False, **arguments)
     facts = result.report.finetuning
     assert (0 if facts is None else facts.steps) == steps
+    assert facts is None or arguments.get("augment") != "none" or not facts.augmentation
     left_out = "training towards the original" in result.report.left_out
     assert left_out == (arguments.get("effort") == "quick")
     if facts is not None:
