@@ -166,7 +166,7 @@ class ShortFinetune(Pass):
     requires = (HAS_INPUTS,)
 
     def __init__(self, augment: str = "auto", blocks: str = "no") -> None:
-        self._settings = {"augment": augment, "blocks": blocks}
+        self._augment, self._blocks = augment, blocks
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and keep the result where it is better."""
@@ -186,7 +186,7 @@ class ShortFinetune(Pass):
             (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
             if distance(before) < _CLOSE:
                 return untouched
-            return Finetune(steps, **self._settings)(context, model)
+            return Finetune(steps, augment=self._augment, blocks=self._blocks)(context, model)
         except OtherDataError as error:
             return PassResult(model, [Remark(f"not fine-tuned: {error.args[0]}")], changed=False)
         except (UsageError, ModelError):

@@ -102,9 +102,9 @@ def labelled_head(fitted: Sequence[Head], student: StaticGraph, labels: Array) -
         fits = labels.dtype.kind == "f" and labels.shape[1:] == shape[1:]
         if fits and (head.axis is None or _are_probabilities(labels, head.axis)):
             return head
-    shape = ", ".join(["samples", *map(str, labels.shape[1:])])
+    sizes = ", ".join(["samples", *map(str, labels.shape[1:])])
     raise UsageError(
-        f"{argument('labels')}: {labels.dtype} of shape [{shape}] fits no output of the model",
+        f"{argument('labels')}: {labels.dtype} of shape [{sizes}] fits no output of the model",
         hint="Give classes [samples] as integers for scores, or values of an output's shape.",
     )
 
