@@ -61,7 +61,7 @@ def masked_original(
                 if builder.is_spared(name, axes, others):
                     continue
                 neutral = rule.neutral(step, i)
-                for extra in builder.mask(node, name, axes, neutral):
+                for extra in builder.mask(f"{name}__mask_{node.index}_{i}", name, axes, neutral):
                     model.graph.node.append(extra)
                     copy.input[i] = extra.output[0]
         model.graph.node.append(copy)
@@ -101,8 +101,11 @@ class _Masks:
             return False
         return weight.dtype.kind in "iu" or bool(np.isfinite(weight.read().astype(np.float32, copy=False)).all())
 
-    def mask(self, node: Node, name: str, axes: tuple[int, ...], neutral: str | None) -> list[onnx.NodeProto]:
-        """Return nodes that multiply a tensor by its masks along ``axes``; none where no position is removed there."""
+    def mask(self, prefix: str, name: str, axes: tuple[int, ...], neutral: str | None) -> list[onnx.NodeProto]:
+        """Return nodes that multiply a tensor by its masks along ``axes``; none where no position is removed there.
+
+        ``prefix`` begins their names, and is of one operand of one operator: both factors may be the same tensor.
+        """
         nodes: list[onnx.NodeProto] = []
         current = name
         for k, label in enumerate(self.table.get(name)):
@@ -110,7 +113,7 @@ class _Masks:
             if keep is None or not set(label.axes) & set(axes):
                 continue
             keep = self._at_probe(name, label, keep)
-            stem = f"{name}__mask_{node.index}_{k}"
+            stem = f"{prefix}_{k}"
             dtype = self._dtype(neutral or name)
             if dtype.kind in "iu":
                 nodes += self._mask_codes(current, stem, keep, neutral, dtype)

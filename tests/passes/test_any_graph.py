@@ -66,3 +66,17 @@ def test_a_body_has_tensors_of_its_own() -> None:
     y = net.linear(net.op("Relu", net.linear(y, 6, 10)), 10, 3)
     result = repaired(net.model(y, check=False, shapes={}))
     assert any(r.done for r in result.report.repairs)
+
+
+@pytest.mark.parametrize("operator", ["Einsum", "MatMul"])
+def test_both_factors_of_a_product_may_be_one_tensor(operator: str) -> None:
+    """Scores of positions among each other: each of the factors has a mask of its own in the masked original."""
+    net = Net(17)
+    if operator == "Einsum":
+        y = net.op("Einsum", net.input("x", ["N", 6, 8]), net.weight(8, 4, 4), equation="bld,dhk->bhlk")
+        y = net.op("Einsum", y, y, equation="bhlk,bhmk->bhlm")
+    else:
+        y = net.linear(net.linear(net.input("x", ["N", 6, 8]), 8, 6), 6, 6)
+        y = net.op("MatMul", y, y)
+    result = op.prune(net.model(net.op("Softmax", y, axis=-1)), ratio=0.5, latency=False)
+    assert result.report.exactness.passed
