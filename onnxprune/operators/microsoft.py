@@ -583,7 +583,7 @@ register(DOMAIN, "TorchEmbedding", rule=TorchEmbedding())
 register(DOMAIN, "GatherND", rule=GatherND())
 register(DOMAIN, "MatMulInteger16", rule=quantization.IntegerMatMul(0, 1, {}))
 register(DOMAIN, "Range", rule=indexing.Unlabelled())
-register(DOMAIN, "Unique", rule=with_facts(indexing.Unlabelled(), jumps=True))
+register(DOMAIN, "Unique", rule=with_facts(indexing.Unlabelled(), jumps=True, sized_by_values=True))
 
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"

@@ -145,6 +145,9 @@ class Rule:
     jumps: bool = False
     """Whether a small difference of an input may become a large one of a result: the operator selects or rounds."""
 
+    sized_by_values: bool = False
+    """Whether the number of results depends on values: of detections, or of elements that are not 0."""
+
     unrounded: bool = False
     """Whether no result is rounded by more than the type that stores it, though the operator computes."""
 

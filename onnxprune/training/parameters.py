@@ -165,8 +165,8 @@ class Head:
 def heads(graph: StaticGraph, weights: Iterable[str], by_parts: bool = False) -> list[Head]:
     """Return the last tensors in front of the outputs that gradients can reach, a softmax at the end left out.
 
-    Of an output that is computed without a gradient (a class, the boxes that a suppression chose, codes), these are
-    the tensors that it is computed from.
+    Of an output that is computed without a gradient (a class, the boxes that a suppression chose, codes), or whose size
+    depends on values and changes from call to call, these are the tensors that it is computed from.
 
     Args:
         graph: the graph.
@@ -174,8 +174,10 @@ def heads(graph: StaticGraph, weights: Iterable[str], by_parts: bool = False) ->
         by_parts: whether an output that is joined from parts with scores among them, as detectors join boxes, objects
             and classes, comes back as these parts, and probabilities with their logits.
     """
-    weight_tensors, reached = _of_weights_alone(graph), set(weights)
+    weight_tensors, reached, uneven = _of_weights_alone(graph), set(weights), _sized_by_values(graph)
     for node in graph.nodes:
+        if uneven.issuperset(o for o in node.outputs if o):
+            continue
         if any(i in reached for i in node.inputs) and gradient_of(node.domain, node.op, node.version) is not None:
             reached.update(o for o in node.outputs if o and (graph.is_float(o) or rule_of(node).encodes))
     result: dict[str, Head] = {}
@@ -196,6 +198,15 @@ def heads(graph: StaticGraph, weights: Iterable[str], by_parts: bool = False) ->
             queue += new
             visited.update(new)
     return list(result.values())
+
+
+def _sized_by_values(graph: StaticGraph) -> set[str]:
+    """Return the tensors whose sizes depend on values, and everything that is computed from them."""
+    result: set[str] = set()
+    for node in graph.nodes:
+        if rule_of(node).sized_by_values or any(i in result for i in node.inputs):
+            result.update(o for o in node.outputs if o)
+    return result
 
 
 def _before_softmax(graph: StaticGraph, name: str, output: str) -> Head:
@@ -297,7 +308,7 @@ def bottlenecks(graph: StaticGraph) -> list[str]:
     for k, node in enumerate(graph.nodes):
         last.update({i: k for i in node.inputs if i})
     last.update({o: len(graph.nodes) for o in graph.outputs})
-    weight_tensors = _of_weights_alone(graph)
+    weight_tensors, uneven = _of_weights_alone(graph), _sized_by_values(graph)
     open_tensors = {i for i in graph.inputs if i in last}
     result: list[str] = []
     for k, node in enumerate(graph.nodes):
@@ -306,7 +317,7 @@ def bottlenecks(graph: StaticGraph) -> list[str]:
         if len(open_tensors) != 1:
             continue
         (name,) = open_tensors
-        if name not in graph.producer or not graph.is_float(name):
+        if name not in graph.producer or not graph.is_float(name) or name in uneven:
             continue
         followed = any(rule_of(n).weights and i in (rule_of(n).data,) for n, i in graph.readers.get(name, ()))
         if followed or len(graph.readers.get(name, ())) > 1:

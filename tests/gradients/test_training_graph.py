@@ -13,6 +13,7 @@ from differences import check, static, weighted
 import onnxprune as op
 from onnxprune.gradients.backward import training_graph
 from onnxprune.operators.registry import gradient_of, unregister
+from onnxprune.training.parameters import heads, trainable
 
 FEED = {"x": np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)}
 
@@ -118,3 +119,27 @@ def test_double_registration_is_an_error() -> None:
     assert built_in.BUILT_IN
     with pytest.raises(ValueError, match="Relu has a gradient already"):
         register_gradient("", "Relu")(lambda reverse: None)
+
+
+@pytest.mark.parametrize("selection", ["NonMaxSuppression", "NonZero", "Compress"])
+def test_what_changes_its_size_with_the_values_is_fitted_in_front_of_it(selection: str) -> None:
+    """The training graph is built for the sizes of one call, and the next call has other detections."""
+    net = Net(17)
+    y = net.linear(net.input("x", [1, 8, 6]), 6, 16)
+    boxes, scores = net.linear(net.op("Relu", y), 16, 4), net.op("Sigmoid", net.linear(y, 16, 1))
+    if selection == "NonMaxSuppression":
+        numbers = [net.const([8]), net.const(0.5), net.const(0.5)]
+        index = net.op("NonMaxSuppression", boxes, net.transpose(scores, 0, 2, 1), *numbers)
+        chosen = net.op("Gather", net.squeeze(boxes, [0]), net.squeeze(net.slice(index, 2, 3, 1), [1]))
+    elif selection == "NonZero":
+        index = net.op("NonZero", net.op("Greater", net.reshape(scores, 8), net.const(0.5)))
+        chosen = net.op("Gather", net.squeeze(boxes, [0]), net.squeeze(index, [0]))
+    else:
+        condition = net.op("Greater", net.reshape(scores, 8), net.const(0.5))
+        chosen = net.op("Compress", net.squeeze(boxes, [0]), condition, axis=0)
+    last = net.linear(chosen, 4, 3)
+    model = net.model(last, check=False, shapes={last: [None, 3]})
+    graph = static(model, {"x": np.random.default_rng(0).standard_normal((1, 8, 6)).astype(np.float32)})
+    tensors = {head.tensor for head in heads(graph, trainable(graph)[0])}
+    assert tensors and tensors.isdisjoint({last, chosen, *graph.producer[chosen].outputs})
+    assert {np.prod(graph.shapes[name]) for name in tensors} <= {8 * 4, 8}
