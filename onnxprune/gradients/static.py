@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from onnxprune.errors import ModelError
 from onnxprune.gradients.bodies import expand
+from onnxprune.gradients.loops import unroll_loop
 from onnxprune.gradients.recurrent import unroll
 from onnxprune.gradients.tape import Array, Kind, Shape
 from onnxprune.graph.resized import fitted, resized_of, text_of
@@ -188,7 +189,9 @@ def _expand_bodies(model: ModelProto, values: _Values, arrays: dict[str, Array],
             kinds = {n: _type(values.kinds[n], values.shapes[n]) for n in node.input if n in values.kinds}
             if any(o not in constant for o in node.output if o):
                 body = expand(node, opset, kinds)
-                body = unroll(node, values.shapes, {**arrays, **values.known}) if body is None else body
+                known = {**arrays, **values.known}
+                body = unroll(node, values.shapes, known) if body is None else body
+                body = unroll_loop(node, values.shapes, known) if body is None else body
         nodes.extend([node] if body is None else body)
     changed = len(nodes) != len(model.graph.node)
     if changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from build import Net
@@ -73,3 +74,73 @@ def test_long_ones_stay() -> None:
     net = layer("RNN")
     model = net.model(*outputs(net), check=False, shapes=dict.fromkeys(outputs(net)))
     assert "RNN" in {node.op for node in static(model, {"x": np.zeros((MAX_STEPS + 1, 2, 4), np.float32)}).nodes}
+
+
+SCAN = """<ir_version: 8, opset_import: ["" : 18]>
+net (float[3, 2, 4] x) => (float[2, 4] last, float[2, 3, 4] all)
+  <float[4, 4] w, float[4] b, float[2, 4] h0> {{
+  last, all = Scan <num_scan_inputs = 1, scan_input_axes = [0], scan_input_directions = [{turn}],
+    scan_output_axes = [1], scan_output_directions = [{turn}],
+    body = step (float[2, 4] h, float[2, 4] row) => (float[2, 4] h1, float[2, 4] y) {{
+      two = Constant <value = float {{2}}> ()
+      product = MatMul (h, w)
+      sum = Add (product, row)
+      h1 = Tanh (sum)
+      y = Mul (h1, two)
+    }}> (h0, x)
+}}"""
+LOOP = """<ir_version: 8, opset_import: ["" : 18]>
+net (float[3, 2, 4] x) => (float[2, 4] last, float[3, 2, 4] all)
+  <float[4, 4] w, float[2, 4] h0, int64 n = {{3}}, bool go = {{1}}> {{
+  last, all = Loop <body = step (int64 i, bool c, float[2, 4] h) => (bool c1, float[2, 4] h1, float[2, 4] y) {{
+      {condition}
+      row = Gather (x, i)
+      product = MatMul (h, w)
+      sum = Add (product, row)
+      h1 = Tanh (sum)
+      y = Identity (h1)
+    }}> (n, go, h0)
+}}"""
+
+
+def looped(text: str) -> onnx.ModelProto:
+    """The model of a text with weights for those it declares without values."""
+    model = onnx.parser.parse_model(text)
+    known = {t.name for t in model.graph.initializer}
+    rng = np.random.default_rng(2)
+    for value in list(model.graph.value_info):
+        if value.name in {"w", "b", "h0"} and value.name not in known:
+            shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            tensor = onnx.numpy_helper.from_array(0.5 * rng.standard_normal(shape).astype(np.float32), value.name)
+            model.graph.initializer.append(tensor)
+            model.graph.value_info.remove(value)
+    return model
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SCAN.format(turn=0),
+        SCAN.format(turn=1),
+        LOOP.format(condition="c1 = Identity (c)"),
+        LOOP.format(condition="c1 = Constant <value = bool {1}> ()"),
+    ],
+)
+def test_loops_of_a_known_length_agree(text: str) -> None:
+    model = looped(text)
+    graph = static(model, {"x": X})
+    assert not {"Scan", "Loop"} & {node.op for node in graph.nodes}
+    written = inference_graph(graph, Tape(graph.shapes, graph.kinds), ["last", "all"])
+    one, other = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(["last", "all"], {"x": X})
+        for m in (model, written)
+    )
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert {"w", "h0"} <= set(graph.variables)
+    check(model, {"x": X}, ["w", "h0"])
+
+
+def test_loops_that_may_end_earlier_stay() -> None:
+    model = looped(LOOP.format(condition="zero = Constant <value = int64 {2}> ()\n c1 = Less (i, zero)"))
+    assert "Loop" in {node.op for node in static(model, {"x": X}).nodes}
