@@ -254,8 +254,8 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort("quick", 8.0, 1, 16, 8, 64, 20),
-    "normal": Effort("normal", 30.0, 8, 128, 16, None, 50, 4e12),
-    "thorough": Effort("thorough", 120.0, 8, 512, 16, None, 100, 2e13),
+    "normal": Effort("normal", 30.0, 8, 128, 16, None, 50, 3e12),
+    "thorough": Effort("thorough", 120.0, 8, 512, 16, None, 100, 1.5e13),
 }
 """Bounds on the work of a run, by the name of the effort."""
 
