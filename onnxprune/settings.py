@@ -722,7 +722,7 @@ class Extent(Kind):
     allowed = "height and width in pixels, or one number for both"
 
     def parse(self, text: str, name: str) -> tuple[int, int]:
-        """(height, width) of a text."""
+        """Return (height, width) from a text."""
         sizes = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
         if len(sizes) > 2 or not all(size.strip().isdecimal() and int(size) for size in sizes):
             raise UsageError(

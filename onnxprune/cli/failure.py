@@ -115,7 +115,7 @@ def _click_hint(error: click.ClickException, command_path: str) -> str:
 
 
 def show(error: BaseException, screen: Screen, command_path: str = "onnxprune") -> int:
-    """Tell the user about ``error`` (stderr); returns the exit code.
+    """Print an error to stderr and return the exit code.
 
     With ``--json`` an object with the key ``error`` goes to stdout too, beside the whole report of a run that was
     finished and then failed a gate.
@@ -162,7 +162,7 @@ def check_shown(screen: Screen) -> None:
 
 
 def show_unwritable(error: OSError) -> int:
-    """Tell the user that stdout takes nothing; returns the exit code."""
+    """Print to stderr that stdout cannot be written, and return the exit code."""
     if sys.stdout is not None:
         silence(sys.stdout)
     Screen.open().tell(Text.assemble(("error: ", "bold red"), f"cannot write to stdout: {error.strerror}"))

@@ -159,7 +159,7 @@ def _screen(args: list[str]) -> Screen:
 
 
 def _volume(args: list[str]) -> tuple[bool, int]:
-    """Whether the arguments ask for quiet, and how often for more; short flags may stand together, such as ``-qv``."""
+    """Return whether arguments ask for quiet, and how often for more; short flags may be joined, such as ``-qv``."""
     flags = _flags(args)
     short = "".join(flag[1:] for flag in flags if re.fullmatch(r"-[qv]+", flag))
     return "q" in short or "--quiet" in flags, short.count("v") + flags.count("--verbose")

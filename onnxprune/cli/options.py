@@ -282,7 +282,7 @@ class CommandOptions:
         return (self.calibration or 0.0) if self.vbmf else None
 
     def _check_decided(self) -> None:
-        """Whether something was typed that a plan or a budget decides, and would be ignored; raises UsageError."""
+        """Refuse options that a plan or a budget decides, and would ignore; raises UsageError."""
         known = settings_of(self.command)
         typed = [setting for name, setting in known.items() if name in self.typed]
         by_plan = next((s for s in typed if "plan" in s.conflicts), None)

@@ -47,7 +47,7 @@ def removed(before: float, after: float) -> str:
 
 
 def less(before: float, after: float) -> str:
-    """Say how much less there is: ``43.8 % less``, ``2.0 % more``, ``the same``."""
+    """Return how much less there is, as text: ``43.8 % less``, ``2.0 % more``, ``the same``."""
     if before == after or before <= 0:
         return "the same" if before == after else DASH
     share = 100 * (before - after) / before

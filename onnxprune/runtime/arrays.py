@@ -133,7 +133,7 @@ def array_files(folder: Path) -> list[Path]:
 
 
 def may_be_read(path: Path) -> bool:
-    """Whether something in a folder is a file, or a link to one that is missing, which its reader complains of."""
+    """Return whether an entry of a folder is a file, or a link to a missing one, which its reader reports."""
     return path.is_file() or not path.exists()
 
 

@@ -185,7 +185,7 @@ def _kind(dtype: np.dtype[Any]) -> str:
 
 
 def _raw(actual: np.dtype[Any], expected: np.dtype[Any]) -> bool:
-    """Whether these are the bytes of a bfloat16 or float8 array: numpy's files forget the type and keep the width."""
+    """Return whether these are bytes of a bfloat16 or float8 array: numpy's files store the width, not the type."""
     return (
         _kind(actual) == "V" and actual.names is None and expected.kind == "V" and actual.itemsize == expected.itemsize
     )

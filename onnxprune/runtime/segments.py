@@ -211,7 +211,7 @@ class Segments:
         self._store.drop([self._shown.get(n, (n, 0))[0] for n, last in self._last.items() if last <= piece])
 
     def _is_known(self, name: str) -> bool:
-        """Whether a weight is one of the graph, or came to it since; a body may have others under the same names."""
+        """Return whether a weight is one of the graph, or was added since; a body may have others of the same names."""
         return name in self._graph.weights or name not in self._enclosed
 
     def _is_outer(self, name: str) -> bool:

@@ -19,7 +19,7 @@ _ROUNDING = 64.0
 
 
 def are_probabilities(values: NDArray[Any]) -> bool:
-    """Whether rows along the last axis are probabilities of two or more classes: none below 0, all adding up to 1.
+    """Return whether rows along the last axis are probabilities of two or more classes: none below 0, sums of 1.
 
     Args:
         values: [samples, classes] or [samples, positions, classes], float; of another rank they are no class scores.

@@ -261,7 +261,7 @@ class Independent(Measure):
         return self.inner / self.outer if self.outer > _TINY else 1.0
 
     def lost(self) -> str:
-        """Say how many scores above one half are no longer."""
+        """Return as text how many scores fell below one half."""
         if self.single:
             return self.classes.lost()
         return f"{self.there - self.hits} of {self.there} scores above 0.5 fell below 0.5"
@@ -315,7 +315,7 @@ class Sequences(Measure):
         return (characters + self.classes.distributions()) / 2
 
     def lost(self) -> str:
-        """Say how many sequences decode differently."""
+        """Return as text how many sequences decode differently."""
         blank = self.blank()
         if blank is None:
             return self.classes.lost()
@@ -470,7 +470,7 @@ class Detections(Measure):
         return max(0.0, inner) * math.sqrt(overlap / (original_power * max(other_power, _TINY)))
 
     def lost(self) -> str:
-        """Say how many detections went."""
+        """Return as text how many detections were lost."""
         return f"{self.there - self.hits} of {self.there} detections of score {self.sure:.2g} or more lost"
 
 
@@ -625,7 +625,7 @@ class Deviation(Measure):
         return apart / max(trivial, least, 1e-300) if apart else 0.0
 
     def lost(self) -> str:
-        """Say how large the difference is."""
+        """Return as text how large the difference is."""
         return f"values differ by {100 * (1 - self.share()):.3g} % of the original's variation"
 
 
@@ -672,7 +672,7 @@ class Embedding(Measure):
         return (cosine + _common_neighbours(a, b)) / 2
 
     def lost(self) -> str:
-        """Say how far vectors moved."""
+        """Return as text how far vectors moved."""
         return f"embeddings and their nearest neighbours agree to {100 * self.share():.3g} %"
 
 
@@ -720,5 +720,5 @@ class Labels(Measure):
         return self.same / self.all if self.all else math.nan
 
     def lost(self) -> str:
-        """Say how many differ."""
+        """Return as text how many differ."""
         return f"{round(self.all - self.same)} of {self.all} values differ"
