@@ -646,6 +646,9 @@ def finetune(
     data: Any,
     finetune: int | str | bool = True,
     labels: Any = None,
+    augment: str = "auto",
+    blocks: str = "no",
+    pattern_lock: bool | None = None,
     quantize: str | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     samples: int | None = None,
@@ -672,6 +675,12 @@ def finetune(
         finetune: steps (500), time (``"3m"``), or True for 1,000 steps or 3 minutes, whichever ends first.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file; None:
             distillation alone.
+        augment: variants of images, where they change the original's answers little: ``auto``, ``shift``, ``flip`` or
+            ``none``.
+        blocks: whether one block of the model is trained after the other: ``no`` (default), ``yes``, or ``auto``: with
+            fewer than 512 samples both are tried, and the better one on the hold-out goes on.
+        pattern_lock: whether zeros of weights stay 0; False lets them change; None as well, but then a model that holds
+            a pattern of zeros is refused.
         quantize: then quantize to 8 bits: ``dynamic``, or ``qdq`` with ranges from ``data``, see
             :class:`onnxprune.passes.Quantize`; fidelity is that of the quantized model. None: not.
         input_shapes: {input: shape} for dynamic inputs; None: sizes are inferred.
@@ -702,8 +711,9 @@ def finetune(
     run = record_of(RunSettings, locals())
     take, check = Adopt(cut, plan, approximate=approximate), Validate(exact=False, timed=False)
     rotations = [Rotate(plan=take.plan)] if take.plan.rotations else []
-    tuned = Finetune(finetune, labels=labels)
-    stages = [*rotations, take, Flush(), tuned, *_quantizing(quantize), check, *_measures(metric)]
+    tuned = Finetune(finetune, labels=labels, augment=augment, blocks=blocks)
+    locks = _locking(pattern_lock, "none", [tuned])
+    stages = [*rotations, take, Flush(), *locks, tuned, *_quantizing(quantize), check, *_measures(metric)]
     result = Pipeline(stages).execute(original, run)
     check_gates(result.report, min_fidelity=min_fidelity, max_drop=max_drop)
     return result

@@ -137,7 +137,7 @@ class Finetune(Pass):
         """Train, and keep the result where it is better."""
         if context.stages.interrupted:
             return PassResult(model, changed=False)
-        if not (model.is_reduced or self.labels is not None):
+        if not (model.is_reduced or self.labels is not None or _has_other_weights(context, model)):
             return PassResult(model, [Remark("nothing was pruned, so there is nothing to fine-tune")], changed=False)
         split = split_for(context, model.analysis, "full")
         check_samples(context, model.analysis, split)
@@ -222,6 +222,18 @@ def answers_of_sample(analysis: Analysis, shapes: Mapping[str, Any]) -> int:
 def default_batch(answers: int) -> int:
     """Return the number of samples of a step, by the number of answers that a sample has."""
     return max(_LEAST_BATCH, BATCH // answers)
+
+
+def _has_other_weights(context: Context, model: Model) -> bool:
+    """Return whether a model of the original's graph has weights of its own: zeros, codes, or those of a training."""
+    for name, weight in context.analysis.loaded.weights.items():
+        other = model.weights.get(name)
+        if other is None or other is weight or other.shape != weight.shape:
+            continue
+        one, two = weight.read(), other.read()
+        if one.dtype.kind == "f" and not np.allclose(one, two, rtol=0, atol=float(np.finfo(one.dtype).tiny)):
+            return True
+    return False
 
 
 def check_samples(context: Context, analysis: Analysis, split: CalibrationSplit) -> None:

@@ -276,6 +276,23 @@ def test_a_pair_is_trained_as_it_is() -> None:
     assert both.report.finetuning.steps == 10 and both.report.recovery.mode == "full"
 
 
+def test_zeros_of_a_pair_stay_or_are_asked_about() -> None:
+    sparse = op.sparsify(net(), pattern="unstructured", ratio=0.6, include=["*"], latency=False)
+
+    def train(**more: Any) -> onnx.ModelProto:
+        result = op.finetune(net(), sparse.model, plan=sparse.plan, data=DATA, finetune=16, **more)
+        assert not result.report.finetuning.undone
+        return result.model
+
+    with pytest.raises(op.UsageError, match="zeros"):
+        train()
+    zeros = [
+        [int((onnx.numpy_helper.to_array(t) == 0).sum()) for t in m.graph.initializer if len(t.dims) == 4]
+        for m in (sparse.model, train(pattern_lock=True, blocks="yes"), train(pattern_lock=False, augment="none"))
+    ]
+    assert zeros[0] == zeros[1] and sum(zeros[2]) < sum(zeros[0])
+
+
 def test_factorized_models() -> None:
     result = op.factorize(net(), ratio=0.4, data=DATA, method="svd", finetune=20, latency=False)
     assert result.report.finetuning.steps == 20
