@@ -1,7 +1,7 @@
 """Prune an encoder or a decoder of Hugging Face, exported by Optimum, with data from its tokenizer.
 
 python examples/prune_transformer.py distilbert-base-uncased-finetuned-sst-2-english TEXTS.txt
-python examples/prune_transformer.py                          models/attention.onnx in its place
+python examples/prune_transformer.py                          models/tagger.onnx in its place
 
 The first needs optimum[exporters].
 
@@ -60,8 +60,8 @@ def main() -> None:
         result.save("small.onnx")
         print(result.report)
         return
-    data = MODELS / "digits_calibration.npz"
-    result = op.prune(MODELS / "attention.onnx", ratio=0.1, data=data, samples=32, recover="bias", latency=False)
+    data = MODELS / "tagger_calibration.npz"  # ids and masks of padded sentences
+    result = op.prune(MODELS / "tagger.onnx", ratio=0.25, data=data, samples=64, latency=False)
     print(f"exact: {result.report.exactness.passed}, {result.report.fidelity.points:.1f} of 100 points")
 
 

@@ -121,7 +121,7 @@ def main() -> None:
         print(f"{name:<10} accuracy {facts[name]['accuracy']:.2%}   {time.perf_counter() - start:.0f} s", flush=True)
     facts = {name: facts[name] for name in RECIPES if name in facts}
     record.write_text(json.dumps(facts, indent=2) + "\n")
-    (given.out / "README.md").write_text(readme.text(facts, digits))
+    readme.write(given.out, digits)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Accuracy of the small digit models, or of one cut from them, in onnxruntime. Needs numpy and onnxruntime only.
 
-python tools/measure_models.py                                          all models under models/
+python tools/measure_models.py                                          all classifiers of digits under models/
 python tools/measure_models.py models/residual.onnx                     one of them
 python tools/measure_models.py models/residual.onnx --model cut.onnx    and another model against it
 """
@@ -105,14 +105,12 @@ def _show(row: dict[str, object]) -> str:
 def main() -> int:
     """Exit code 0, or 2 where a file is missing or cannot be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", type=Path, help="models to measure (default: all under models/)")
+    parser.add_argument("models", nargs="*", type=Path, help="models to measure (default: the classifiers here)")
     parser.add_argument("--model", type=Path, metavar="OTHER", help="another model, compared with the first")
     parser.add_argument("--data", type=Path, default=TEST_SET, help="test set with arrays 'input' and 'label'")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     given = parser.parse_args()
-    models = given.models or sorted(FOLDER.glob("*.onnx"))
-    if not models:
-        parser.error(f"no model under {FOLDER}; name one, or make them with tools/make_models.py")
+    models = given.models or [FOLDER / f"{name}.onnx" for name in json.loads((FOLDER / "accuracy.json").read_text())]
     for path in [*models, *([given.model] if given.model else [])]:
         if not path.is_file():
             parser.error(f"{path}: no such file")

@@ -193,6 +193,21 @@ def test_the_graph_shows_the_axis_of_classes() -> None:
     assert hints["z"].axis == 1 and "Sigmoid" in hints["z"].ends and not hints["z"].listed
 
 
+def test_a_constant_of_places_is_no_axis_of_classes() -> None:
+    """Offsets of cells differ along the axis of cells; channels are what layers made, on axis 1."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    detector (float[N,3,4,4] x) => (float[N,6,16] y)
+    <float[6,3,1,1] w = {%s}, float[1,2,16] cells = {%s}, int64[3] shape = {0, 6, -1}, int64[2] parts = {2, 4}> {
+        maps = Conv(x, w)
+        rows = Reshape(maps, shape)
+        raw, rest = Split<axis = 1>(rows, parts)
+        centres = Add(raw, cells)
+        y = Concat<axis = 1>(centres, rest)
+    }"""
+    numbers = [", ".join(map(str, range(n))) for n in (18, 32)]
+    assert hints_of(Analysis(onnx.parser.parse_model(text % tuple(numbers))))["y"].axis == 1
+
+
 def test_scores_of_every_form() -> None:
     values: Numbers = np.array([[-1000.0, 0.0, np.nan]])
     assert as_scores(values, "logits") == pytest.approx(np.array([[0, 1, 0]]))

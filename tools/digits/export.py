@@ -23,7 +23,7 @@ def export(model: nn.Module, *, opset: int, dynamo: bool) -> ModelProto:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         proto = _by_capture(model, example, opset) if dynamo else _by_tracing(model, example, opset)
-    _strip(proto)
+    strip(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -62,7 +62,7 @@ def _by_capture(model: nn.Module, example: torch.Tensor, opset: int) -> ModelPro
     return program.model_proto
 
 
-def _strip(proto: ModelProto) -> None:
+def strip(proto: ModelProto) -> None:
     """Remove doc strings and metadata, where exporters keep source paths and stack traces."""
     proto.ClearField("doc_string")
     proto.ClearField("metadata_props")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from digits.data import Digits
@@ -13,6 +15,38 @@ WHAT = {
     "concat": "dense layers, inception branches, grouped convolutions, channel shuffle, Flatten of a 2x2 map into Gemm",
     "attention": "vision transformer: patches, class token, LayerNorm, packed-QKV attention of 4 heads, GELU",
     "recurrent": "bidirectional LSTM over the rows, GRU over its outputs, Gemm on the last step",
+}
+
+TASKS = """\
+## A detector and a tagger
+
+Two more have outputs of other kinds; `python examples/task_metrics.py` prints their points.
+
+| file | elements | bytes | points | made of |
+|---|--:|--:|--:|---|
+{rows}
+
+- `detector.onnx`: digits on a canvas, `images` float32 `[batch, 1, 64, 64]` in 0..1. `output0` `[batch, 14, 64]` is
+  that of a YOLO model: x, y, width and height in pixels and ten scores, for each of 8x8 cells. Points are the mean
+  average precision at an overlap of 0.5. `detector_test.npz` has 104 canvases `images` and their `boxes` `[104, 4, 5]`
+  (class, x, y, width, height; class -1 for none), `detector_calibration.npz` 104 others, made of digits that no model
+  was trained on.
+- `tagger.onnx`: sentences of a small grammar as ids of words, `input_ids` and `attention_mask`, int64
+  `[batch, sequence]`, up to 32 words. `logits` `[batch, sequence, 15]` are scores of slots (a sender, a deadline, ...).
+  Points are the share of words in a slot that it finds, in percent; one word in twenty is unknown, so that 100 is out
+  of reach. `tagger_test.npz` has 400 sentences with their `slots`, the `words` and the `names` of slots,
+  `tagger_calibration.npz` 256 others; `tools/tasks/tagging.py` made them up.
+
+Opset 17, exported by torchscript; `tasks.json` has the figures. Make them again (two minutes on one core):
+`python tools/make_task_models.py --out models`.
+
+## Measure and make again
+
+"""
+
+OF_TASKS = {
+    "detector": "YOLO-like: split blocks, SiLU, BatchNorm as its own node, two heads, decoded boxes beside scores",
+    "tagger": "BERT-like: word and position tables, masked attention of 4 heads, LayerNorm behind every shortcut, GELU",
 }
 
 TEMPLATE = """\
@@ -35,7 +69,7 @@ Accuracy is the share of the {test} held-out images that onnxruntime names right
 `residual.onnx` was trained to be cut: a penalty on the BatchNorm scales and a strong weight decay empty the channels it
 does not need (network slimming, Liu et al. 2017). The other four were trained plainly and lose more by a cut.
 
-Measure them, or a model cut from one of them (needs numpy and onnxruntime only):
+{tasks}Measure them, or a model cut from one of them (needs numpy and onnxruntime only):
 
 ```
 python tools/measure_models.py
@@ -61,13 +95,28 @@ and {test} for the test.
 """
 
 
-def text(facts: Mapping[str, Mapping[str, Any]], digits: Digits) -> str:
-    """README text for the models in `facts` (the contents of accuracy.json)."""
+def text(facts: Mapping[str, Mapping[str, Any]], digits: Digits, tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """README text for the models in `facts` and `tasks` (the contents of accuracy.json and tasks.json)."""
     rows = "\n".join(
         f"| `{name}.onnx` | {fact['parameters']:,} | {fact['bytes']:,} | {fact['opset']} | {fact['exporter']} "
         f"| {fact['accuracy']:.2%} | {WHAT[name]} |"
         for name, fact in facts.items()
     )
-    return TEMPLATE.format(
-        rows=rows, train=len(digits.train), calibration=len(digits.calibration), test=len(digits.test)
+    of_tasks = "\n".join(
+        f"| `{name}.onnx` | {fact['elements']:,} | {fact['bytes']:,} | {fact['points']} | {OF_TASKS[name]} |"
+        for name, fact in tasks.items()
     )
+    return TEMPLATE.format(
+        rows=rows,
+        tasks=TASKS.format(rows=of_tasks) if tasks else "",
+        train=len(digits.train),
+        calibration=len(digits.calibration),
+        test=len(digits.test),
+    )
+
+
+def write(folder: Path, digits: Digits) -> None:
+    """Write the README of the models in a folder from the facts in it."""
+    known = [folder / "accuracy.json", folder / "tasks.json"]
+    facts, tasks = (json.loads(path.read_text()) if path.exists() else {} for path in known)
+    (folder / "README.md").write_text(text(facts, digits, tasks))
