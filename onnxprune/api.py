@@ -494,7 +494,7 @@ def _unread_labels() -> UsageError:
     """Return the error of labels that nothing reads."""
     return UsageError(
         f"{argument('labels')} says what to learn, but neither {argument('finetune')} nor a criterion of gradients "
-        "reads it",
+        "uses it",
         hint=f"Give {argument('finetune')}, or {argument('criterion', 'taylor')}.",
     )
 
@@ -1085,8 +1085,8 @@ def train(
     run = record_of(RunSettings, locals())
     if data is None:
         raise UsageError(
-            f"a training learns from inputs, but {argument('data')} is not given",
-            hint=f"Give {LEAST_SAMPLES} samples or more, 512 and more do well; {argument('labels')} are optional.",
+            f"training needs inputs, but {argument('data')} is not given",
+            hint=f"Give {LEAST_SAMPLES} samples or more, better 512; {argument('labels')} are optional.",
         )
     if finetune is False or finetune == "none":
         raise UsageError(

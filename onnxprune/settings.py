@@ -961,8 +961,8 @@ _TRAINED = Need("data", f"trains on data, but {argument('data')} is not given", 
 
 def _training(default: str) -> str:
     return (
-        f"Then train by gradients to answer as the original does on {argument('data')}, for so many steps or so long, "
-        f"or not at all (none); kept only where it is better on held-out samples. {default}"
+        f"Then train by gradients towards the original's outputs on {argument('data')}, for this many steps or this "
+        f"long, or not at all (none); undone where held-out samples are no better. {default}"
     )
 
 
@@ -1099,9 +1099,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "depth",
         BranchAmount(),
-        f"Remove residual branches (y = x + f(x)) as a whole, so many or this share of all, by the loss of outputs on "
-        f"{argument('data')}; channels stay unless {argument('ratio')} or {argument('target')} is given too; "
-        f"auto: the number that meets a {argument('target')} best.",
+        f"Remove whole residual branches (y = x + f(x)): this number or share of them, those that change the outputs "
+        f"on {argument('data')} least; auto: the number that meets a {argument('target')} best. No channels are "
+        f"removed unless {argument('ratio')} or {argument('target')} is given too.",
         {"prune": AMOUNT},
         conflicts=_PLAN,
         needs=Need("data", "chooses by the loss of outputs on data, and there is no data", f"Give {argument('data')}."),
@@ -1111,7 +1111,7 @@ SETTINGS: tuple[Setting, ...] = (
         "rotate",
         Word("auto", "yes", "no"),
         "Turn residual streams to the principal directions of the data first, so that pruned channels carry least; "
-        "auto: where a trial at the same work is more faithful with it.",
+        "auto: if a trial at the same MACs is more faithful with it.",
         {"prune": WHAT},
         "auto",
         conflicts=_PLAN,
@@ -1124,8 +1124,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "keep_cache",
         Flag(),
-        f"Leave inputs and outputs for the caches of branches that {argument('depth')} removes: each output is the "
-        "input.",
+        f"Keep the inputs and outputs of caches in branches that {argument('depth')} removes: each output then equals "
+        "its input.",
         {"prune": WHAT},
         False,
         needs=Need("depth", "is about the caches of removed branches", f"Give {argument('depth')}, or drop it."),
@@ -1133,7 +1133,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "resize_io",
         Patterns(),
-        "Let inputs and outputs of the model whose name matches lose channels; repeatable. Both halves of a cache "
+        "Let inputs and outputs of the model whose name matches lose channels; repeatable. Name both halves of a cache "
         "(past and present) or none.",
         {"prune": WHAT, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         (),
@@ -1143,8 +1143,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "cache_heads",
         Flag(),
-        "Let the inputs and outputs of all caches of a decoder shrink: whole heads of keys and values, or channels of "
-        "every head, go with past and present alike.",
+        "Let the inputs and outputs of all caches of a decoder shrink: past and present lose the same heads of keys "
+        "and values, or channels of every head.",
         {"prune": WHAT, "inspect": WHAT, "sensitivity": WHAT, "sweep": WHAT},
         False,
         conflicts=_PLAN,
@@ -1152,8 +1152,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "experts",
         Experts(),
-        f"Remove experts of every mixture, so many or this share, but leave as many as are chosen per token: by "
-        f"routing weight times output norm on {argument('data')}, else by weight norm. Channels stay unless "
+        f"Remove this number or share of the experts of every mixture, but keep as many as are chosen per token; by "
+        f"routing weight times output norm on {argument('data')}, else by weight norm. No channels are removed unless "
         f"{argument('ratio')} is given too.",
         {"prune": AMOUNT},
         conflicts=("plan", "budget"),
@@ -1161,16 +1161,17 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "vocabulary",
         Tokens(),
-        f"Remove the tokens that are not among these ids: rows of embeddings, columns of logits; auto: those that "
-        f"{argument('data')} holds and special ones. Channels stay unless {argument('ratio')} or {argument('target')} "
-        "is given too. The map from old to new ids is written beside the model.",
+        f"Keep only the tokens with these ids, and remove the rows of embeddings and columns of logits of all others; "
+        f"auto: keep the ids in {argument('data')} and special tokens. No channels are removed unless "
+        f"{argument('ratio')} or {argument('target')} is given too. The map from old to new ids is written beside the "
+        "model.",
         {"prune": AMOUNT},
         conflicts=_PLAN,
     ),
     Setting(
         "keep_ids",
         Flag(),
-        "Put a list in front of the model, so that its inputs go on taking ids of the original.",
+        "Keep the original's token ids at the inputs: a table in front of the model translates them.",
         {"prune": WHAT},
         False,
         needs=Need("vocabulary", "is about the ids of a smaller vocabulary", f"Give {argument('vocabulary')}."),
@@ -1178,7 +1179,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "tokenizer",
         PathTo("PATH", "a path of config.json, tokenizer.json or a folder with them"),
-        f"Where special tokens are listed, which {argument('vocabulary')} must not drop: config.json, tokenizer.json, "
+        f"Files that list the special tokens, which {argument('vocabulary')} must keep: config.json, tokenizer.json, "
         "or a folder with them.",
         {"prune": WHAT},
         needs=Need("vocabulary", "is about the tokens of a vocabulary", f"Give {argument('vocabulary')}, or drop it."),
@@ -1186,8 +1187,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "model_config",
         PathTo("FILE", "a path of config.json or genai_config.json"),
-        "Configuration that came with the model (config.json, genai_config.json): its numbers of heads, layers and "
-        "channels are written anew, beside the output; the file itself stays as it is.",
+        "Configuration that came with the model (config.json, genai_config.json): a copy with the new numbers of "
+        "heads, layers and channels is written beside the output.",
         {"prune": WHAT},
     ),
     Setting(
@@ -1252,7 +1253,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "layers",
         LayerShares(_REMOVED),
-        "Own ratio for layers or weights whose name matches; repeatable.",
+        "Another ratio for layers or weights whose name matches; repeatable.",
         {"prune": AMOUNT, "factorize": AMOUNT, "sparsify": AMOUNT, "sensitivity": "", "sweep": ""},
         option="--layer",
         many=True,
@@ -1261,8 +1262,8 @@ SETTINGS: tuple[Setting, ...] = (
             "factorize": {"kind": LayerShares(Share("A ratio R is the share of the cost to save", zero=False))},
             "sparsify": {
                 "kind": LayerShares(_ZEROS),
-                "help": "Own ratio for layers or weights whose name matches, also those that are left out otherwise; "
-                "repeatable.",
+                "help": "Another ratio for layers or weights whose name matches, also those that are left out "
+                "otherwise; repeatable.",
                 "conflicts": (),
             },
         },
@@ -1851,8 +1852,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "blocks",
         Word("auto", "no", "yes"),
-        f"Whether {argument('finetune')} trains one block of the model after the other; auto: with fewer than 512 "
-        "samples both ways are tried, and the better one on held-out samples goes on.",
+        f"Let {argument('finetune')} train one block of the model after the other; auto: with fewer than 512 samples "
+        "try both ways, and go on with the better one on held-out samples.",
         dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
         "no",
         bare="yes",
@@ -1867,8 +1868,8 @@ SETTINGS: tuple[Setting, ...] = (
         option="--pattern-lock/--no-pattern-lock",
         variants={
             "sparsify": {
-                "help": "Keep zeros of weights at 0 in recovery and fine-tuning (default), or let recovery and "
-                "fine-tuning be refused.",
+                "help": "Keep zeros of weights at 0 in recovery and fine-tuning (default), or refuse recovery and "
+                "fine-tuning.",
                 "default": True,
             }
         },
@@ -1921,8 +1922,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "min_fidelity",
         Number(0, 100, "points of fidelity, or up to 1 a cosine", open_low=True, example="95"),
-        "Write nothing and exit with 5 when fidelity falls below X points, the share of the original's answers in "
-        "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
+        "Write nothing and exit with 5 when fidelity falls below X points, the percentage of the original's answers "
+        "that the result reproduces; X up to 1 is the cosine of each output, centred per channel.",
         {
             "prune": CHECKS,
             "recover": CHECKS,
@@ -1936,8 +1937,8 @@ SETTINGS: tuple[Setting, ...] = (
         ),
         variants={
             "compare": {
-                "help": "Exit with 5 when fidelity falls below X points, the share of the original's answers in "
-                "percent that stay; X up to 1 is the cosine of each output, centred per channel.",
+                "help": "Exit with 5 when fidelity falls below X points, the percentage of the original's answers that "
+                "the second model reproduces; X up to 1 is the cosine of each output, centred per channel.",
                 "brief": "Fail if fidelity falls below X points.",
             },
         },

@@ -110,14 +110,16 @@ def _table(path: Path) -> Mapping[str, Any] | None:
         raise UsageError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError as error:  # also a text that is not UTF-8
         raise UsageError(
-            f"{path} is no TOML: {error}", hint=f"Mend it, or go without it: {argument('no_config')}."
+            f"{path} is not valid TOML: {error}", hint=f"Correct it, or ignore it with {argument('no_config')}."
         ) from error
     tool = document.get("tool")
     table = tool.get("onnxprune") if isinstance(tool, Mapping) else None
     if table is None:
         return None if path.name == PROJECT_FILE else document
     if not isinstance(table, Mapping):
-        raise UsageError(f"{path}: tool.onnxprune is no table", hint="Write [tool.onnxprune] and one setting per line.")
+        raise UsageError(
+            f"{path}: tool.onnxprune is not a table", hint="Write [tool.onnxprune] and one setting per line."
+        )
     return table
 
 

@@ -408,12 +408,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {_shorten_value(next(n for n in data if names.count(n) > 1))} is there twice")
+        raise ValueError(f"the key {_shorten_value(next(n for n in data if names.count(n) > 1))} occurs twice")
     return data
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number that JSON has")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:

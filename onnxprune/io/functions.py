@@ -60,7 +60,7 @@ def _check_extent(proto: ModelProto) -> None:
     if count > _MOST_NODES or size > max(_MOST_BYTES, _TIMES * proto.ByteSize()):
         raise ModelError(
             f"its {len(proto.functions)} local functions make {count:,} nodes of {size:,} bytes where they are called, "
-            f"and no more than {_MOST_NODES:,} nodes are laid open",
+            f"and at most {_MOST_NODES:,} nodes are inlined",
             hint="Functions that call others several times double with every level; export the model without them.",
         )
 

@@ -245,13 +245,13 @@ def check_samples(context: Context, analysis: Analysis, split: CalibrationSplit)
     if samples < least and not is_limited:
         raise UsageError(
             f"{argument('finetune')} needs {least} samples or more, and there are {samples}",
-            hint=f"Give more with {argument('data')}; 512 and more do well. {argument('samples')} insists on fewer.",
+            hint=f"Give more with {argument('data')}; 512 or more work well. {argument('samples')} trains on fewer.",
         )
     first = split.fit[0]
     if all(v.ndim == 0 or all((f[n] == v[:1]).all() for f in split.fit) for n, v in first.items()):
         raise UsageError(
-            f"all samples of {argument('data')} are the same, and {argument('finetune')} can learn nothing from them",
-            hint="Give samples as they come in use.",
+            f"all samples of {argument('data')} are the same, so {argument('finetune')} can learn nothing from them",
+            hint="Give varied samples, like those in use.",
         )
 
 

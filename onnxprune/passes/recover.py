@@ -78,7 +78,7 @@ def doubts(analysis: Analysis, feeds: Sequence[Feed], repairs: Sequence[Repair])
     samples = sum(map(count, feeds))
     if samples < FEW_SAMPLES:
         what = "1 sample" if samples == 1 else f"{samples} samples"
-        warnings.append(f"recovery has {what} only: more are better, 256 say; those held out do not count")
+        warnings.append(f"recovery has only {what}, without the held-out ones: give more, for example 256")
     if samples > 1 and _constant(feeds):
         warnings.append(
             "all calibration samples are the same, so recovery can learn almost nothing: give different samples"

@@ -114,7 +114,7 @@ def test_where_settings_come_from_is_shown(api, run, model, project) -> None:
         ("seed = 1.5", "seed: 1.5 is not allowed", ""),
         ("criterion = 5", "criterion: 5 is no function", ""),
         ('target = "macs=30"', "macs", ""),
-        ("ratio = ", "is no TOML", "--no-config"),
+        ("ratio = ", "is not valid TOML", "--no-config"),
         ("config = 'x.toml'", "there is no setting 'config'", ""),
     ],
 )

@@ -319,7 +319,7 @@ class Sequences(Measure):
         blank = self.blank()
         if blank is None:
             return self.classes.lost()
-        return f"{self.samples - self.same[blank]} of {self.samples} sequences read otherwise"
+        return f"{self.samples - self.same[blank]} of {self.samples} sequences decode differently"
 
 
 def decoded(classes: Array, blank: int) -> list[int]:
