@@ -12,6 +12,9 @@ from onnx import AttributeProto, GraphProto, NodeProto
 from onnxprune.gradients.recurrent import MAX_STEPS
 from onnxprune.gradients.tape import Array, Shape
 
+MAX_NODES = 10_000
+"""Larger results are not written out: a session of them would take minutes to open."""
+
 
 def unroll_loop(node: NodeProto, shapes: Mapping[str, Shape], values: Mapping[str, Array]) -> list[NodeProto] | None:
     """Return the nodes of a Scan or Loop, one step after the other; None where it is none, or may end otherwise.
@@ -40,7 +43,7 @@ def _scan(steps: _Steps, shapes: Mapping[str, Shape]) -> list[NodeProto] | None:
     if not number or scanned[0] not in shapes:
         return None
     length = shapes[scanned[0]][axes[0]]
-    if not 0 < length <= MAX_STEPS:
+    if not steps.fit(length):
         return None
     rows: list[Sequence[str]] = []
     for t in range(length):
@@ -60,7 +63,7 @@ def _loop(steps: _Steps, values: Mapping[str, Array]) -> list[NodeProto] | None:
     if count not in values or not steps.goes_on or (condition and not np.all(values.get(condition, False))):
         return None
     length = int(np.ravel(values[count])[0])
-    if not 0 < length <= MAX_STEPS:
+    if not steps.fit(length):
         return None
     rows: list[Sequence[str]] = []
     true = steps.constant(np.asarray(True))
@@ -96,6 +99,10 @@ class _Steps:
         tensors = [onnx.numpy_helper.to_array(a.t) for a in attributes if a.type == AttributeProto.TENSOR]
         is_flat = all(a.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in attributes)
         return is_flat and all(v.size <= 1 or v.dtype.kind != "f" for v in [*tensors, *self._constants.values()])
+
+    def fit(self, length: int) -> bool:
+        """Return whether so many steps are few enough to write out."""
+        return 0 < length <= MAX_STEPS and length * len(self.body.node) <= MAX_NODES
 
     @property
     def goes_on(self) -> bool:

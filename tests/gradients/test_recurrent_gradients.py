@@ -141,6 +141,8 @@ def test_loops_of_a_known_length_agree(text: str) -> None:
     check(model, {"x": X}, ["w", "h0"])
 
 
-def test_loops_that_may_end_earlier_stay() -> None:
-    model = looped(LOOP.format(condition="zero = Constant <value = int64 {2}> ()\n c1 = Less (i, zero)"))
+def test_loops_that_may_end_earlier_or_are_large_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = looped(LOOP.format(condition="two = Constant <value = int64 {2}> ()\n c1 = Less (i, two)"))
     assert "Loop" in {node.op for node in static(model, {"x": X}).nodes}
+    monkeypatch.setattr("onnxprune.gradients.loops.MAX_NODES", 14)
+    assert "Scan" in {node.op for node in static(looped(SCAN.format(turn=0)), {"x": X}).nodes}
