@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnxprune.channels.analysis import Analysis
 from onnxprune.pipeline import Context, HoldOut
 from onnxprune.runtime.capture import MEMORY, CallLimits, count
+from onnxprune.runtime.data import StoredFeeds
 from onnxprune.runtime.sessions import Feed
 
 # One batch of this many is held out: of a recovery, which needs most for the fit; and of measurements of sensitivity
@@ -97,17 +98,16 @@ class CalibrationSplit:
             name: their name in reports.
             synthetic: their description where they are not the user's, else empty.
         """
-        fit: list[Feed] = []
-        held_out: list[Feed] = []
+        stored = batches if isinstance(batches, StoredFeeds) else StoredFeeds(batches)
+        parts: dict[bool, list[int]] = {False: [], True: []}
         samples = 0
-        for number, feed in enumerate(batches):
-            if is_held_out(number, HELD_OUT_OF_RECOVERY) and samples < MAX_VALIDATION:
-                held_out.append(feed)
-                samples += count(feed)
-            else:
-                fit.append(feed)
-        if held_out:
-            return cls(fit, HoldOut(held_out, f"{name}, not used by the recovery"), synthetic)
+        for number, feed in enumerate(stored):
+            held_out = is_held_out(number, HELD_OUT_OF_RECOVERY) and samples < MAX_VALIDATION
+            parts[held_out].append(number)
+            samples += count(feed) if held_out else 0
+        fit = stored.part(parts[False])
+        if parts[True]:
+            return cls(fit, HoldOut(stored.part(parts[True]), f"{name}, not used by the recovery"), synthetic)
         return cls(fit, HoldOut(fit, f"{name}, also used by the recovery"), synthetic)
 
     @property

@@ -260,11 +260,11 @@ class _Samples:
 
     def __init__(self, feeds: Sequence[Feed], size: int, labels: Array | None, seed: int) -> None:
         joined = all(v.ndim and len(v) == count(feed) for feed in feeds for v in feed.values())
-        self._feeds = list(feeds)
-        self._arrays: Feed | None = None
+        self._feeds = feeds
+        self._ends: Array | None = None
         if joined and len({tuple(v.shape[1:] for v in f.values()) for f in feeds}) == 1:
-            self._arrays = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
-        if labels is not None and self._arrays is None:
+            self._ends = np.cumsum([count(feed) for feed in feeds])
+        if labels is not None and self._ends is None:
             raise UsageError(
                 f"{argument('labels')}: inputs of several sizes cannot be trained on labels",
                 hint=f"Drop {argument('labels')}, or give inputs of one size.",
@@ -274,19 +274,32 @@ class _Samples:
     @property
     def num(self) -> int:
         """The number of samples, or of whole calls where samples cannot be taken out of them."""
-        return len(self._feeds) if self._arrays is None else len(next(iter(self._arrays.values())))
+        return len(self._feeds) if self._ends is None else int(self._ends[-1])
 
     def draw(self, number: int) -> tuple[Feed, Array | None]:
         """Return one call and its labels; the same ones for the same number."""
-        need = 1 if self._arrays is None else self.size
+        need = 1 if self._ends is None else self.size
         first, last = number * need // self.num, ((number + 1) * need - 1) // self.num
         rounds = [np.random.default_rng([self._seed, k]).permutation(self.num) for k in range(first, last + 1)]
         start = number * need - first * self.num
         index = np.concatenate(rounds)[start : start + need]
-        if self._arrays is None:
-            return self._feeds[index[0]], None
-        feed = {name: value[index] for name, value in self._arrays.items()}
+        if self._ends is None:
+            return dict(self._feeds[index[0]]), None
+        feed = self._gathered(index, self._ends)
         return feed, None if self._labels is None else self._labels[index]
+
+    def _gathered(self, index: Array, ends: Array) -> Feed:
+        """Return samples of several batches as one call; only the batches that they lie in are opened."""
+        batches = np.searchsorted(ends, index, side="right")
+        result: Feed = {}
+        for batch in np.unique(batches):
+            feed, places = self._feeds[batch], np.flatnonzero(batches == batch)
+            first = ends[batch] - count(feed)
+            for name, value in feed.items():
+                if name not in result:
+                    result[name] = np.empty((len(index), *value.shape[1:]), value.dtype)
+                result[name][places] = value[index[places] - first]
+        return result
 
 
 class _OwnLoss:

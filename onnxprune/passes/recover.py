@@ -55,6 +55,7 @@ from onnxprune.runtime.capture import (
     read_arrays,
     write_arrays,
 )
+from onnxprune.runtime.data import StoredFeeds
 from onnxprune.runtime.fidelity import KnownOutputs, Outputs, fidelity, hints_of
 from onnxprune.runtime.masks import counted_rows
 from onnxprune.runtime.segments import Segments, Store
@@ -264,7 +265,7 @@ def split_for(context: Context, analysis: Analysis, mode: str) -> CalibrationSpl
     return CalibrationSplit(drawn_feeds, HoldOut(feeds, context.inputs().name), words)
 
 
-def _batches(context: Context, analysis: Analysis) -> list[Feed]:
+def _batches(context: Context, analysis: Analysis) -> StoredFeeds:
     """Return the data in batches, small enough to leave some for the hold-out."""
     assert context.calibration is not None
     all_batches, source = (
@@ -277,7 +278,7 @@ def _batches(context: Context, analysis: Analysis) -> list[Feed]:
     size = min(32, context.calibration.batch_size or 32)
     if source.samples is not None:
         size = max(1, min(size, source.samples // (2 * HOLD_OUT_PERIOD)))
-    batches = list(source.batches(size))
+    batches = StoredFeeds(source.batches(size))
     if not batches:
         raise _too_few(source)
     return batches

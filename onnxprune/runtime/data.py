@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from onnxprune.runtime.matching import cast, match, spec_samples_first
 from onnxprune.runtime.sessions import Array, Feed
 
 _IN_MEMORY = 64 << 20  # bytes kept of a source that can be read once; the rest goes to a temporary file
+_MAPPED_FROM, _ALIGN = 1 << 16, 64  # bytes of an array that is worth a mapping of its own, and of its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -620,6 +621,68 @@ def open_data(
     name = str(source) if isinstance(source, (str, Path)) else "data"
     data_source = open_source(source, specs, images) if specs else Source(lambda: iter(()))
     return Samples(data_source, specs, samples, batch_size, name)
+
+
+class StoredFeeds(Sequence[Feed]):
+    """Calls of a model to go through again and again: small ones in memory, what is beyond in a temporary file.
+
+    Arrays of the file are mapped anew whenever a call is asked for, and take memory as long as they are held: a pass
+    that holds one call at a time takes that of one.
+
+    Args:
+        feeds: the calls.
+        limit: bytes to hold in memory; None: 64 MiB.
+    """
+
+    def __init__(self, feeds: Iterable[Feed], limit: int | None = None) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._owner: StoredFeeds | None = None
+        self._calls: list[dict[str, Array | _Place]] = []
+        held_bytes, limit = 0, _IN_MEMORY if limit is None else limit
+        for feed in feeds:
+            call: dict[str, Array | _Place] = dict(feed)
+            for name, array in feed.items():
+                held_bytes += array.nbytes
+                if held_bytes > limit and array.nbytes >= _MAPPED_FROM and not array.dtype.hasobject:
+                    held_bytes -= array.nbytes
+                    call[name] = _Place(self._file.seek(_ceil(self._file.tell(), _ALIGN)), array.dtype, array.shape)
+                    self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._calls.append(call)
+        self._file.flush()
+
+    def part(self, indices: Iterable[int]) -> StoredFeeds:
+        """Return some of the calls; nothing is copied."""
+        result = copy.copy(self)
+        result._calls, result._owner = [self._calls[i] for i in indices], self
+        return result
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @overload
+    def __getitem__(self, index: int) -> Feed: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StoredFeeds: ...
+
+    def __getitem__(self, index: int | slice) -> Feed | StoredFeeds:
+        if isinstance(index, slice):
+            return self.part(range(*index.indices(len(self))))
+        return {n: v.mapped(self._file) if isinstance(v, _Place) else v for n, v in self._calls[index].items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An array in a file."""
+
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def mapped(self, file: Any) -> Array:
+        """Map the array, read-only."""
+        return np.asarray(np.memmap(file, self.dtype, "r", self.offset, self.shape))
 
 
 def load_data(

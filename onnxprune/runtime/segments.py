@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ class Store:
 
     def __init__(self, limit: int, folder: Path) -> None:
         self._limit, self._folder, self._held_bytes = limit, folder, 0
-        self._values: dict[str, dict[int, Array | _File]] = {}
-        self._lent: set[str] = set()
+        self._values: dict[str, dict[int, Array | _File | Callable[[], Array]]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -50,15 +50,16 @@ class Store:
             self._held_bytes += value.nbytes
         self._values.setdefault(name, {})[batch] = stored
 
-    def lend(self, name: str, value: Array, batch: int) -> None:
-        """Add a value that its owner holds anyway: it takes no room, and never goes to a file."""
-        self._lent.add(name)
-        self._values.setdefault(name, {})[batch] = value
+    def lend(self, name: str, read: Callable[[], Array], batch: int) -> None:
+        """Add a value that its owner has anyway: it takes no room, and is read whenever it is asked for."""
+        self._values.setdefault(name, {})[batch] = read
 
     def get(self, name: str, batch: int) -> Array:
         """Return the value for one batch."""
         stored = self._values[name][batch]
-        return stored.read() if isinstance(stored, _File) else stored
+        if isinstance(stored, _File):
+            return stored.read()
+        return stored() if callable(stored) else stored
 
     def batches(self, names: Sequence[str]) -> list[int]:
         """List the batches for which all these tensors have values: none of a branch that a batch does not run."""
@@ -70,7 +71,7 @@ class Store:
             for stored in self._values.pop(name, {}).values():
                 if isinstance(stored, _File):
                     stored.path.unlink(missing_ok=True)
-                elif name not in self._lent:
+                elif not callable(stored):
                     self._held_bytes -= stored.nbytes
 
 
@@ -154,15 +155,19 @@ class Segments:
         stored = {t.name for t in proto.graph.initializer}
         return Graph.of(proto, {n: w for n, w in remaining.items() if n in stored}), places
 
-    def feed(self, feeds: Iterable[Feed]) -> None:
-        """Store the inputs of every batch."""
+    def feed(self, feeds: Sequence[Feed]) -> None:
+        """Lend the inputs of every batch to the store."""
         resized = resized_of(self._flat.proto)
-        for values in feeds:
-            values = fitted(resized, values) if resized else values
+
+        def read(name: str, batch: int) -> Array:
+            value = {name: feeds[batch][name]}
+            return (fitted(resized, value) if resized else value)[name]
+
+        for batch, values in enumerate(feeds):
             for name in self._graph.inputs:
                 if name in values:
-                    self._store.lend(name, values[name], self.batches)
-            self.batches += 1
+                    self._store.lend(name, partial(read, name, batch), batch)
+        self.batches = len(feeds)
 
     def run(self, piece: int) -> Iterator[int]:
         """Compute a piece and those that run with it, batch by batch; gives the number of every finished batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
+from onnxprune.passes.finetune import _Samples
 from onnxprune.runtime import segments as module
+from onnxprune.runtime.data import StoredFeeds
 from onnxprune.runtime.segments import Segments, Store
 
 Array = NDArray[Any]
@@ -135,6 +138,31 @@ def test_values_in_files_are_the_same(tmp_path: Path, limit: int) -> None:
     run.feed(feeds)
     list(run.run(0))
     assert list(tmp_path.iterdir()), "something has to be in files for this to be a test"
+
+
+def test_inputs_in_a_file_are_in_memory_one_call_at_a_time(tmp_path: Path) -> None:
+    """Whatever asks for calls again and again: the pieces of a model, parts of the calls, samples drawn from them."""
+    model, (a, *_) = residual()
+    size = 8 * 17 * 3 * 8 * 8 * 4
+    rng = np.random.default_rng
+    make = lambda: ({"x": rng(k).random((8 * 17, 3, 8, 8), np.float32)} for k in range(40))  # noqa: E731
+    tracemalloc.start()
+    stored = StoredFeeds(make(), size)
+    graph = Graph.of(load(model).proto, load(model).weights)
+    run = Segments(graph, graph.weights, [[a]], Store(0, tmp_path))
+    run.feed(stored)
+    list(run.run(0))
+    samples = _Samples(stored.part(range(1, 40)), 16, None, 0)
+    drawn = [samples.draw(k)[0] for k in range(3)]
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 8 * size < 40 * size / 4
+    for one, other in zip(stored, make(), strict=True):
+        assert one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in other)
+    rows = np.concatenate([feed["x"] for feed in make()][1:])
+    order = np.random.default_rng([0, 0]).permutation(len(rows))[:48]
+    assert np.array_equal(np.concatenate([feed["x"] for feed in drawn]), rows[order])
+    assert len(stored[1:3]) == 2 and np.array_equal(stored.part([5, 7])[1]["x"], stored[7]["x"])
 
 
 def test_weights_are_read_anew_for_every_piece(tmp_path: Path) -> None:
