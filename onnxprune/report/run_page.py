@@ -62,8 +62,8 @@ def markdown(report: Report, spelled: Callable[[str], str] = str) -> str:
     head = f"### {_cell(name)}: {verdict.word if verdict else 'not judged'}"
     parts = [head]
     if verdict is not None:
-        more = f" {_capital(spelled(verdict.next_step))}." if verdict.next_step else ""
-        parts.append(f"**{verdict.points:.1f} of 100 points.** {_cell(verdict.reason)}.{_cell(more)}")
+        more = f" {_cell(_capital(spelled(verdict.next_step)))}." if verdict.next_step else ""
+        parts.append(f"**{verdict.points:.1f} of 100 points.** {_cell(verdict.reason)}.{more}")
     rows = [f"| {label} | {before} | {after} | {less} |" for label, before, after, less, _ in _pairs(report)]
     parts.append("\n".join(["| | before | after | |", "|---|--:|--:|--:|", *rows]))
     parts += ["\n".join(f"- {label}: {_cell(text)}" for label, text in _facts_in_words(report, spelled))]

@@ -19,8 +19,10 @@ import onnxprune as op
 from onnxprune.errors import UsageError
 from onnxprune.report import network, numbers
 from onnxprune.report.facts import (
+    AnswerFidelity,
     BudgetFacts,
     CandidateFacts,
+    Fidelity,
     GroupLosses,
     LayerFacts,
     LayerTimes,
@@ -181,6 +183,12 @@ def test_a_chain_of_thousands_of_nodes_is_drawn_and_movement_is_left_out() -> No
     layers = [network.Box(f"n{i}", "8", "", 1.0, 1.0) for i in range(1, 4000, 2)]
     svg = network.drawing(Network(tuple(nodes)), layers)
     assert svg.count("<g ") == 2000 and svg.count('class="edge"') == 1999 and "Relu" not in svg
+
+
+def test_the_verdict_in_markdown_is_two_sentences() -> None:
+    answer = AnswerFidelity(["y"], "classes", 50.0, "4 of 8 lost", 0.5)
+    text = Report("m.onnx", fidelity=Fidelity([], 8, "data", points=50.0, answers=[answer])).to_markdown()
+    assert "y (classes): 4 of 8 lost. Recover it, or train it further." in text
 
 
 def test_a_report_without_a_network_draws_none() -> None:
