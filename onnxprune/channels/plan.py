@@ -47,12 +47,16 @@ class PlanGroup:
 
 @dataclass(slots=True)
 class PlanFactors:
-    """A factorized layer: the name of its node, the ranks of the method, and the error of the approximation."""
+    """A factorized layer: the name of its node, the ranks of the method, and the error of the approximation.
+
+    ``numbers``: whether factors of a weight of codes are numbers, and not codes themselves.
+    """
 
     layer: str
     method: str
     ranks: list[int]
     error: float = 0.0
+    numbers: bool = False
 
 
 @dataclass(slots=True)

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxprune.graph.cost import is_layer
+from onnxprune.graph.cost import constant_source, is_layer
 from onnxprune.graph.view import Graph, Node
 from onnxprune.io.weights import Weight
 from onnxprune.operators.factoring import Description, Factoring
 from onnxprune.operators.kernels import Geometry, Shape
 from onnxprune.operators.registry import rule_of
 
+NUMBERS = "__numbers"
+"""End of the names of constants that hold the numbers of codes, which a model has while it is factorized."""
 ShapeOf = Callable[[str], Any]
 
 
@@ -56,7 +58,7 @@ class Layer:
     def names(self) -> Iterator[str]:
         """Yield the names that patterns are matched against."""
         yield from (use.node.label for use in self.uses)
-        yield self.weight
+        yield self.weight.removesuffix(NUMBERS)
 
 
 @dataclass(slots=True)
@@ -107,10 +109,8 @@ def _reads_weight(graph: Graph, node: Node) -> bool:
 
 def _matrix(graph: Graph, name: str) -> bool:
     """Return whether a tensor is a weight with two sides, stored or computed from stored ones."""
-    if name in graph.weights:
-        return len(graph.weights[name].shape) > 1
-    producer = graph.producer.get(name)
-    return producer is not None and all(not n or n in graph.weights for n in producer.inputs)
+    source = constant_source(graph, name)
+    return source is not None and len(graph.weights[source].shape) > 1
 
 
 def _add_weight(
@@ -146,7 +146,7 @@ def _add_weight(
 
 def _weight_reason(weight: Weight | None) -> str:
     if weight is None:
-        return "its weight is computed from other tensors (quantised, transposed)"
+        return "its weight is computed from other tensors"
     if weight.dtype.kind not in "fV" or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"
     return "" if min(weight.shape, default=0) > 0 else "its weight is empty"

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxprune.factorization.layers import Layer
+from onnxprune.factorization.codes import Coded
+from onnxprune.factorization.layers import NUMBERS, Layer
 from onnxprune.graph.view import Graph, GraphEditor, connect, numbered_name
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.operators.factoring import Description
@@ -25,22 +26,31 @@ class Factorized:
         method: name of the method, for the names of nodes and weights.
         factors: the factors in the order in which they run.
         shift: correction of the layer's bias, [outputs]; None for none.
+        codes: the codes of the factors, None for factors that are stored as numbers; empty where all are.
     """
 
     layer: Layer
     method: str
     factors: Sequence[Factor]
     shift: Real | None = None
+    codes: Sequence[Coded | None] = ()
 
 
-def replace_layers(graph: Graph, weights: MutableMapping[str, Weight], factorized: Sequence[Factorized]) -> None:
-    """Replace layers in ``graph.proto`` and ``weights``, in place; unused weights are removed."""
+def replace_layers(
+    graph: Graph, weights: MutableMapping[str, Weight], factorized: Sequence[Factorized]
+) -> dict[str, Coded]:
+    """Replace layers in ``graph.proto`` and ``weights``, in place; unused weights are removed.
+
+    Returns:
+        {new constant: its codes} of factors to store as codes.
+    """
     writer = _Writer(graph, weights)
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for item in factorized:
         replaced.update(writer.nodes(item))
     writer.editor.replace_nodes(replaced)
     writer.drop({item.layer.weight for item in factorized})
+    return writer.coded
 
 
 @dataclass(slots=True)
@@ -90,6 +100,7 @@ class _Writer:
         self._used_names = {*weights, *graph.producer, *graph.inputs, *graph.outputs, *inner}
         self._consumed = set(graph.consumers)
         self._labels = {node.name for node in graph.nodes}
+        self.coded: dict[str, Coded] = {}
 
     def nodes(self, item: Factorized) -> dict[str, list[onnx.NodeProto]]:
         """Return nodes in the place of every node that reads the layer's weight, by the first output of that node."""
@@ -97,10 +108,12 @@ class _Writer:
         old = self._weights[layer.weight]
         arrays = layer.factoring.constants(item.factors, layer.description, old.shape)
         roles = [f.stage.role for f in item.factors]
+        stem = layer.weight.removesuffix(NUMBERS)
         names = [
-            self._constant(f"{layer.weight}/{item.method}_", role, array, old.dtype)
+            self._constant(f"{stem}/{item.method}_", role, array, old.dtype)
             for role, array in zip(roles, arrays, strict=True)
         ]
+        self.coded.update({n: c for n, c in zip(names, item.codes, strict=False) if c is not None})
         result = {}
         for use in layer.uses:
             label, out = use.node.label, next(o for o in use.node.outputs if o)

@@ -26,6 +26,7 @@ from onnxprune.operators.elementwise import Elementwise
 from onnxprune.operators.normalization import OverAxes
 from onnxprune.operators.operands import Values
 from onnxprune.operators.registry import (
+    Code,
     InFloats,
     NewNode,
     NoRule,
@@ -115,6 +116,22 @@ class Decode(Quantize):
         if scale is None:
             return None
         return numbers(codes, scale, read(2), int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0)))
+
+    def code(self, node: Node, read: Read) -> Code | None:
+        """Return the code of integers of 8 bits or fewer."""
+        codes, scale, zero = read(0), read(1), read(2)
+        if codes is None or scale is None or (codes.dtype.itemsize > 1) or (len(node.inputs) > 2 and zero is None):
+            return None
+        if codes.dtype.kind not in "iu" and codes.dtype.name not in NARROW:
+            return None
+        bits = int("".join(filter(str.isdigit, codes.dtype.name)))
+        middle = 0 if codes.dtype.name.startswith("int") else 1 << (bits - 1)
+        moves = zero is not None and bool((zero.astype(np.int16) != middle).any())
+        unsigned = bool(middle)
+        moves, zeros = moves or (unsigned and zero is None), "codes" if zero is not None or unsigned else ""
+        block = int(node.attrs.get("block_size", 0))
+        operator: tuple[str, str, Mapping[str, Any]] = (node.op, node.domain, {})
+        return Code(operator, codes.dtype, bits, scale.dtype, scale.size > 1, block, zeros, moves)
 
     def evaluate(self, node: Node, values: Values) -> Any:
         """Dequantise in the scale's type, also at opsets that onnx's reference evaluator does not support."""
@@ -801,6 +818,23 @@ class PackedMatMul(Rule):
             result[ZEROS] = (pack(flat.astype(np.uint8), bits) if packed else flat).reshape(zeros.shape)
         return result
 
+    def code(self, node: Node, read: Read) -> Code | None:
+        """Return the code of packed blocks."""
+        bits, scales, zeros = int(node.attrs.get("bits", 4)), read(SCALES), read(ZEROS)
+        if (
+            scales is None
+            or bits not in PACKED_BITS
+            or (len(node.inputs) > ZEROS and node.inputs[ZEROS] and zeros is None)
+        ):
+            return None
+        attributes = {name: value for name, value in node.attrs.items() if name not in ("K", "N")}
+        form = "" if zeros is None else "codes" if zeros.dtype == np.uint8 else "numbers"
+        block, flat = int(node.attrs["block_size"]), scales.ndim == 1
+        operator = (node.op, node.domain, attributes)
+        bias = BIAS if len(node.inputs) > BIAS and node.inputs[BIAS] else None
+        kind, moves = np.dtype(np.uint8), zeros is not None
+        return Code(operator, kind, bits, scales.dtype, True, block, form, moves, flat, "MatMul", B, bias=bias)
+
     @staticmethod
     def _order(node: Node, read: Read) -> Array | None:
         """Return the scale of every position, where it is not that of its block."""
@@ -905,6 +939,18 @@ class PackedGather(Rule):
             zero = middle if zero is None else unpack(zero, bits, scale.shape[1])
         real = numbers(values, scale, zero, 1, int(node.attrs.get("block_size", 128)))
         return real.reshape(*codes.shape, -1) if packed else real
+
+    def code(self, node: Node, read: Read) -> Code | None:
+        """Return the code of packed rows that are looked up."""
+        codes, scales, bits = read(0), read(2), int(node.attrs.get("bits", 4))
+        rows = node.attrs.get("gather_axis", 0) == 0 and node.attrs.get("quantize_axis", 1) in (1, -1)
+        if codes is None or scales is None or codes.dtype != np.uint8 or bits not in PACKED_BITS or not rows:
+            return None
+        has_zeros = len(node.inputs) > 3 and bool(node.inputs[3])
+        kind, block = np.dtype(np.uint8), int(node.attrs.get("block_size", 128))
+        operator = (node.op, node.domain, dict(node.attrs))
+        form = "codes" if has_zeros else ""
+        return Code(operator, kind, bits, scales.dtype, True, block, form, has_zeros, numeric="Gather", looks_up=True)
 
     def infer(self, node: Node, shapes: list[Shape | None], values: list[Any]) -> list[Shape | None] | None:
         """Return shape [*indices, columns]; the number of blocks determines the codes per byte."""

@@ -409,6 +409,15 @@ class Rule:
         """
         return None
 
+    def code(self, node: Node, read: Read) -> Code | None:
+        """Return how the weight is stored that the operator decodes; None where it is not stored as codes of 8 bits.
+
+        Args:
+            node: the node.
+            read: function from the position of an input to its value; None where it is no constant.
+        """
+        return None
+
     def in_floats(self, node: Node, surroundings: Surroundings) -> InFloats | None:
         """Return an operator on codes as decoders, a floating-point operator and an encoder; None where it is not one.
 
@@ -512,6 +521,41 @@ class Surroundings(NamedTuple):
     weights: Mapping[str, Any]
     producer: Mapping[str, Node]
     only_reader: Callable[[str], Node | None]
+
+
+class Code(NamedTuple):
+    """How an operator stores a weight as codes, for other weights in the same code.
+
+    Attributes:
+        operator: the operator that reads codes, scales and zero points: type, domain, and attributes beside sizes.
+        kind: type of the stored codes; bytes hold several where ``bits`` are fewer than 8.
+        bits: bits per code, 8 or fewer.
+        scale: type of scales.
+        per_channel: whether every output has a scale of its own.
+        block: number of contracted positions that share a scale; 0: all.
+        zeros: ``codes``: zero points are codes; ``numbers``: they are of the type of scales; empty: there are none, and
+            the middle code is 0.
+        moves_zero: whether zero points vary.
+        flat: whether scales and zero points have one axis.
+        numeric: the operator on numbers in the place of one that computes with codes itself; empty for a decoder.
+        codes: position of the codes.
+        looks_up: whether the operator looks up rows of the codes, input 0; others multiply input 0 by them.
+        bias: position of a bias of such an operator; None where there is none.
+    """
+
+    operator: tuple[str, str, Mapping[str, Any]]
+    kind: np.dtype[Any]
+    bits: int
+    scale: np.dtype[Any]
+    per_channel: bool = True
+    block: int = 0
+    zeros: str = ""
+    moves_zero: bool = False
+    flat: bool = False
+    numeric: str = ""
+    codes: int = 0
+    looks_up: bool = False
+    bias: int | None = None
 
 
 class InFloats(NamedTuple):

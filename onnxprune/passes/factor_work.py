@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
+from onnxprune.channels.plan import Plan
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import UsageError, argument
 from onnxprune.factorization.allocation import Candidate, LayerFits
-from onnxprune.factorization.decompositions import METHODS, Degenerate, Metric, Ranks, compose
-from onnxprune.factorization.layers import Layer, LayerScan, ShapeOf, find_layers
+from onnxprune.factorization.codes import Coded, code_factors
+from onnxprune.factorization.decompositions import METHODS, Degenerate, Method, Metric, Ranks, compose
+from onnxprune.factorization.layers import NUMBERS, Layer, LayerScan, ShapeOf, find_layers
+from onnxprune.factorization.ranks import within
 from onnxprune.factorization.rewriting import Factorized
 from onnxprune.factorization.settings import Request
 from onnxprune.globs import check_patterns
@@ -21,7 +25,7 @@ from onnxprune.graph.inference import probe_at
 from onnxprune.graph.view import Graph
 from onnxprune.io.weights import Weight
 from onnxprune.labels.atoms import Reason
-from onnxprune.operators.kernels import Real
+from onnxprune.operators.kernels import Factor, Real, Shape, elements
 from onnxprune.passes.grams import input_grams
 from onnxprune.passes.prepared import Prepared
 from onnxprune.pipeline import Context, Model
@@ -38,6 +42,7 @@ class LayerResult:
         kernel: the product of the factors.
         error: share of the energy at the layer's output that is lost.
         latency: latency of the layer on its own, whole and factorized.
+        storage: description of how the factors of a weight of codes are stored; empty for other weights.
     """
 
     layer_fits: LayerFits
@@ -47,6 +52,7 @@ class LayerResult:
     error: float
     note: str = ""
     latency: Latency | None = None
+    storage: str = ""
 
     @property
     def name(self) -> str:
@@ -56,7 +62,11 @@ class LayerResult:
 
 @dataclass(slots=True)
 class Work:
-    """A model prepared for factorization, its layers and the moments of their inputs."""
+    """A model prepared for factorization, its layers and the moments of their inputs.
+
+    Attributes:
+        replayed: {layer: whether the factors of its codes are numbers}, as a plan says; None without one.
+    """
 
     context: Context
     analysis: Analysis
@@ -65,6 +75,7 @@ class Work:
     shape: ShapeOf
     scan: LayerScan
     moments: Mapping[str, InputMoments]
+    replayed: Mapping[str, bool] | None = None
     layer_fits: dict[str, LayerFits] = field(default_factory=dict)
     _results: dict[tuple[str, str, Ranks], LayerResult] = field(default_factory=dict)
 
@@ -93,7 +104,7 @@ class Work:
     def _factorize_layer(self, name: str, candidate: Candidate) -> LayerResult:
         fits, note = self.layer_fits[name], ""
         try:
-            factors = fits.fit(candidate.method).factors(candidate.ranks)
+            factors: Sequence[Factor] = fits.fit(candidate.method).factors(candidate.ranks)
         except Degenerate:
             note = f"cp of rank {candidate.ranks[0]} is degenerate: tucker at no more cost"
             other = fits.within("tucker", candidate.cost, self.request.round_to)
@@ -104,10 +115,45 @@ class Work:
                 ) from None
             candidate = other
             factors = fits.fit("tucker").factors(other.ranks)
+        candidate, factors, codes = self._as_codes(fits, candidate, factors)
+        code, storage = self.model.codes.get(fits.layer.weight), ""
+        if code is not None:
+            storage = f"codes of {code.bits} bits" if codes else "numbers, which lose less than codes of as many bytes"
         shape = fits.layer.shape
         kernel = compose(factors, shape.parts, shape.inputs)
-        item = Factorized(fits.layer, candidate.method.replace("-", "_"), factors, self._shift(fits, kernel))
-        return LayerResult(fits, candidate, item, kernel, fits.metric.error(fits.kernel, kernel), note)
+        item = Factorized(fits.layer, candidate.method.replace("-", "_"), factors, self._shift(fits, kernel), codes)
+        return LayerResult(fits, candidate, item, kernel, fits.metric.error(fits.kernel, kernel), note, storage=storage)
+
+    def _as_codes(
+        self, fits: LayerFits, candidate: Candidate, factors: Sequence[Factor]
+    ) -> tuple[Candidate, Sequence[Factor], Sequence[Coded | None]]:
+        """Store the factors of a weight of codes as codes, unless numbers of no more bytes lose less.
+
+        Ranks that a user set stay as they are; others are then those of the numbers.
+        """
+        layer = fits.layer
+        code, weight = self.model.codes.get(layer.weight), self.model.weights[layer.weight]
+        if code is None or (self.replayed or {}).get(fits.layer.name):
+            return candidate, factors, ()
+        result = code_factors(code, layer.factoring, layer.description, factors, weight.shape)
+        if result is None:
+            return candidate, factors, ()
+        shape, size = layer.shape, weight.dtype.itemsize
+        new, codes = result
+        if self.replayed is not None:
+            return candidate, new, codes
+        pairs = zip(new, codes, strict=True)
+        num_bytes = sum(f.array.size * size if c is None else c.num_bytes for f, c in pairs)
+        error = fits.metric.error(fits.kernel, compose(new, shape.parts, shape.inputs))
+        method = METHODS[candidate.method]
+        choice = within(method, partial(_elements, shape), fits.fit(candidate.method), num_bytes // size)
+        if choice is not None:
+            other = fits.fit(candidate.method).factors(choice.ranks)
+            if fits.metric.error(fits.kernel, compose(other, shape.parts, shape.inputs)) <= error:
+                if self.request.ranks:
+                    return candidate, factors, ()
+                return replace(candidate, ranks=choice.ranks), other, ()
+        return candidate, new, codes
 
     def _shift(self, fits: LayerFits, kernel: Real) -> Real | None:
         """Return the bias correction: the change of the kernel times the mean input of the layer."""
@@ -120,7 +166,7 @@ class Work:
 
 
 def prepare_work(
-    context: Context, current: Model, request: Request, methods: Sequence[str], *, all_layers: bool
+    context: Context, current: Model, request: Request, methods: Sequence[str], *, replayed: Plan | None
 ) -> Work:
     """Find the layers of the model that can be factorized, and capture the moments of their inputs.
 
@@ -129,26 +175,31 @@ def prepare_work(
         current: the model.
         request: patterns and limits of the layers to factorize.
         methods: names of the allowed methods.
-        all_layers: whether to take every layer, also those that the patterns of the request exclude.
+        replayed: the plan to repeat, for which patterns of the request do not hold; None without one.
 
     Raises:
         UsageError: a pattern matches nothing, or data that do not fit. ModelError: the model does not run.
     """
     analysis = current.analysis
-    model = Prepared(*current.parts)
+    model = Prepared(*current.parts, decoded=True)
     shape = probe_at(model.graph, analysis.facts.probes[0].inputs, infer_by_rule).shapes.get
     scan = find_layers(model.graph, shape)
-    names = (*model.weights, *(n.label for n in model.graph.nodes))
+    names = (*(n.removesuffix(NUMBERS) for n in model.weights), *(n.label for n in model.graph.nodes))
     patterns = [(argument(name), getattr(request, name)) for name in ("layers", "include", "exclude")]
     check_patterns([*patterns, (argument("rank"), request.ranks)], names)
     for layer in list(scan.layers):
-        why = "" if all_layers or not request.is_excluded(list(layer.names)) else _EXCLUDED
+        why = "" if replayed is not None or not request.is_excluded(list(layer.names)) else _EXCLUDED
         why = why or _refusal(model, layer, methods)
         if why:
             scan.layers.remove(layer)
             scan.reasons[layer.name] = why
     moments = input_moments(context, analysis, model.graph, model.weights, scan.layers)
-    return Work(context, analysis, request, model, shape, scan, moments)
+    numbers = None if replayed is None else {item.layer: item.numbers for item in replayed.factorized}
+    return Work(context, analysis, request, model, shape, scan, moments, numbers)
+
+
+def _elements(shape: Shape, method: Method, ranks: Ranks) -> int:
+    return elements(method.stages(shape, ranks))
 
 
 _EXCLUDED = f"{Reason.EXCLUDED}: by its name"

@@ -15,6 +15,7 @@ from onnxprune.channels.plan import Plan, PlanFactors
 from onnxprune.channels.propagate import infer_by_rule
 from onnxprune.errors import BudgetError, argument
 from onnxprune.factorization.allocation import AUTO, LayerChoices, choose_by_share, choose_local, read_choices
+from onnxprune.factorization.codes import Coded
 from onnxprune.factorization.decompositions import METHODS
 from onnxprune.factorization.rewriting import replace_layers
 from onnxprune.factorization.settings import Options, Request, request_of
@@ -25,7 +26,7 @@ from onnxprune.operators.kernels import elements
 from onnxprune.passes.factor_work import LayerResult, Work, prepare_work
 from onnxprune.passes.joint_budget import JointBudget, model_latency
 from onnxprune.passes.prepared import Prepared
-from onnxprune.passes.products import check_products
+from onnxprune.passes.products import check_codes, check_products
 from onnxprune.pipeline import Context, Model, ModelParts, Pass, PassResult
 from onnxprune.report.facts import Exactness, Fact, Factorization, FactorizedLayer, Latency, Remark, Settings, Sizes
 from onnxprune.runtime.sessions import spread
@@ -81,20 +82,22 @@ class Factorize(Pass, Options):
         """Choose layers and ranks, factorize, check the products."""
         before = model.parts
         with context.stage("factorize"):
-            work = prepare_work(context, model, self.request, self._methods(), all_layers=self.replayed is not None)
+            work = prepare_work(context, model, self.request, self._methods(), replayed=self.replayed)
             choices = LayerChoices(reasons=dict(work.scan.reasons))
             results, remarks = self._choose(context, before, work, choices)
             if not results:
                 raise BudgetError(
                     "No layer of this model can be factorized with these settings.", hint=_reasons(choices)
                 )
-            after = _replaced(before, results)
+            after, coded = _replaced(before, results)
             if self._timed:
                 _require_speed(context, model.analysis, before, after)
         product = Exactness(note="models were not run")
         if self.check:
             with context.stage("products"):
-                product = check_products(context, model, after, [(d.item, d.kernel) for d in results])
+                numbers = _replaced(before, results, as_codes=False)[0] if coded else after
+                product = check_products(context, model, numbers, [(d.item, d.kernel) for d in results])
+                check_codes(after, coded)
         factorized = model.with_parts(after, as_pruned=model.as_pruned or before, plan=_plan(context, model, results))
         settings = Settings({"method": "a plan"} if self.replayed is not None else self.request.settings)
         facts = describe_factors(context, factorized, work, results, choices.reasons, product)
@@ -134,7 +137,7 @@ class Factorize(Pass, Options):
             if self._timed:
 
                 def quick(results: Sequence[LayerResult]) -> bool:
-                    return not _slower(model_latency(context, work.analysis, before, _replaced(before, results)))
+                    return not _slower(model_latency(context, work.analysis, before, _replaced(before, results)[0]))
 
                 return joint.faster(quick), joint.remarks
         return work.factorize(choices.candidates), ()
@@ -142,15 +145,21 @@ class Factorize(Pass, Options):
 
 def _plan(context: Context, model: Model, results: Sequence[LayerResult]) -> Plan:
     """Return the plan so far with the ranks of every layer."""
-    factors = [PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error) for d in results]
+    factors = [
+        PlanFactors(d.name, d.candidate.method, list(d.candidate.ranks), d.error, bool(d.storage) and not d.item.codes)
+        for d in results
+    ]
     digest = model.plan.model_sha256 or context.analysis.loaded.sha256
     return replace(model.plan, factorized=factors, model_sha256=digest)
 
 
-def _replaced(before: ModelParts, results: Sequence[LayerResult]) -> ModelParts:
-    target = Prepared(*before)
-    replace_layers(target.graph, target.weights, [d.item for d in results])
-    return target.model()
+def _replaced(
+    before: ModelParts, results: Sequence[LayerResult], *, as_codes: bool = True
+) -> tuple[ModelParts, Mapping[str, Coded]]:
+    """Return the model with factorized layers, and the codes of their weights, which are numbers on request."""
+    target = Prepared(*before, decoded=True)
+    coded = replace_layers(target.graph, target.weights, [d.item for d in results])
+    return target.model(coded if as_codes else {}), coded
 
 
 def _slower(timed: Latency | None) -> bool:
@@ -251,5 +260,5 @@ def _layer(result: LayerResult) -> FactorizedLayer:
         macs_after=layer.macs(stages),
         before_ms=None if result.latency is None else result.latency.before_ms,
         after_ms=None if result.latency is None else result.latency.after_ms,
-        note=result.note,
+        note="; ".join(filter(None, (result.note, result.storage))),
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from onnxprune.errors import ModelError, ValidationError
+from onnxprune.factorization.codes import Coded
+from onnxprune.factorization.layers import NUMBERS
 from onnxprune.factorization.rewriting import Factorized, compose_layers
 from onnxprune.operators.kernels import Real
 from onnxprune.passes.comparing import Pair, kinds_of, rounding_of
@@ -29,7 +33,7 @@ def check_products(
     Args:
         context: context of the run.
         model: the model before.
-        after: the factorized model.
+        after: the factorized model, with numbers in the place of the codes of its new layers.
         factorized: the replaced layers, and the products.
 
     Raises:
@@ -37,10 +41,11 @@ def check_products(
     """
     analysis = context.analysis
     feeds = synthetic_feeds(context, model.analysis, model.refused)
-    reference = Prepared(*model.parts)
+    reference = Prepared(*model.parts, decoded=True)
     with Workspace.of(analysis) as trial:
         if model.removed is None and model.as_pruned is None:  # else the preparation was compared with the file before
-            hold_against_file(analysis, trial, (reference.graph.proto, reference.weights), feeds)
+            prepared = Prepared(*model.parts)
+            hold_against_file(analysis, trial, (prepared.graph.proto, prepared.weights), feeds)
         compose_layers(reference.graph, reference.weights, [i for i, _ in factorized], [k for _, k in factorized])
         pair = Pair(trial, reference.model(), after, kinds_of(analysis), rounding_of(analysis, TOLERANCE))
         try:
@@ -56,3 +61,25 @@ def check_products(
             hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
         )
     return facts
+
+
+def check_codes(after: ModelParts, coded: Mapping[str, Coded]) -> None:
+    """Check that the codes of new layers stand for the numbers that were compared, bit for bit.
+
+    Args:
+        after: the factorized model.
+        coded: {constant of numbers: its codes}.
+
+    Raises:
+        ValidationError: they stand for others.
+    """
+    if not coded:
+        return
+    weights = Prepared(*after, decoded=True).weights
+    for name, item in coded.items():
+        decoded = weights.get(f"{name}/codes{NUMBERS}")
+        if decoded is None or not np.array_equal(decoded.read(), item.numbers.astype(decoded.dtype)):
+            raise ValidationError(
+                f"The codes of the new weight {name!r} do not stand for its numbers.",
+                hint="This is a bug in onnxprune: nothing was written. Please report the model's operators.",
+            )

@@ -64,8 +64,13 @@ class IntegerLayers:
         return cls(copy, new_weights, same, layers, frozenset(graph.opsets))
 
     def restored(self, proto: onnx.ModelProto) -> onnx.ModelProto:
-        """Return a later state of the model with its layers in integers again; they may read other constants."""
-        layer_by_output = {node.outputs[0]: layer for layer in self._layers for node in layer.nodes}
+        """Return a later state of the model with its layers in integers again; they may read other constants.
+
+        Layers whose decoded weights are read no more have other layers in their place, and these stay.
+        """
+        read = {name for node in proto.graph.node for name in node.input}
+        layers = [layer for layer in self._layers if all(n.outputs[0] in read for n in layer.nodes[:-1])]
+        layer_by_output = {node.outputs[0]: layer for layer in layers for node in layer.nodes}
         present = {node.output[0]: node for node in proto.graph.node if node.output}
         nodes: list[onnx.NodeProto] = []
         for node in proto.graph.node:
@@ -78,7 +83,7 @@ class IntegerLayers:
         result.CopyFrom(proto)
         del result.graph.node[:]
         result.graph.node.extend(nodes)
-        unread = {name for layer in self._layers for name in layer.constants}
+        unread = {name for layer in layers for name in layer.constants}
         for i in reversed(range(len(result.graph.initializer))):
             if result.graph.initializer[i].name in unread:
                 del result.graph.initializer[i]

@@ -75,7 +75,7 @@ class Mixture:
             )
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", replace(options, ratio=0.5, cost=_furthest(problem), timed=False))
-        work = prepare_work(trial_context, model, request, AUTO, all_layers=False)
+        work = prepare_work(trial_context, model, request, AUTO, replayed=None)
         joint = JointBudget(work, AUTO, LayerChoices())
         self.gains = {o.layer.name: g for o, g in zip(joint.layer_fits, joint.gains, strict=True)}
         pairs = zip(joint.layer_fits, joint.options, strict=True)

@@ -146,7 +146,7 @@ def test_what_stays_says_why() -> None:
     x = made.op("Relu", made.op("Gemm", x, tied, transB=1))
     x = made.op("MatMul", x, made.input("w", [8, 8]))
     codes = made.op("DequantizeLinear", made.const(np.arange(64).reshape(8, 8) % 7, np.int8), made.const(0.1))
-    x = made.op("Relu", made.op("MatMul", x, codes))
+    x = made.op("Relu", made.op("MatMul", x, made.op("Mul", codes, made.const(np.linspace(1, 2, 8)))))
     made.nodes[-1].name = "relu"
     model = made.model(made.op("MatMul", x, made.weight(8, 8, name="plain")))
     result = run(model, "svd", ratio=0.2)
