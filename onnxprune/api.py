@@ -279,6 +279,8 @@ def prune(
         first, mode_and_reason = RemoveDead(check=validate), ("none", "nothing is lost")
     elif spec.any:
         _alone(ratio, plan)
+        gated = min_fidelity is not None or max_drop is not None or metric is not None
+        spec = replace(spec, must_run=validate or gated or data is not None)
         first = Budget(spec, criterion, recover=mode, why=reason, shorter=depth == "auto", **common)
     else:
         share = default("ratio") if ratio is None else ratio

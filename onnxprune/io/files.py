@@ -325,6 +325,11 @@ def workspace() -> Iterator[Path]:
             yield folder
 
 
+def is_working_file(path: Path) -> bool:
+    """Return whether a file lies in a working folder, so that its name means nothing to users."""
+    return any(part.startswith(_PREFIX) for part in path.parent.parts) and path.is_relative_to(tempfile.gettempdir())
+
+
 @cache
 def _remove_stale_once() -> None:
     remove_stale()

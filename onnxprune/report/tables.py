@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -635,6 +636,8 @@ def budget_line(facts: BudgetFacts) -> Text:
     lost = facts.points_before - facts.points_after
     allowed = "" if facts.max_drop is None else f" (allowed {facts.max_drop:g})"
     drop = f"{facts.what} {facts.points_before:.4g} {numbers.ARROW} {facts.points_after:.4g}, {lost:.3g} lost{allowed}"
+    if math.isnan(lost):
+        drop = "nothing was compared, because the model cannot be run here"
     return Text.assemble(("budget    ", "bold"), f"{drop}; allocation by {_answers(facts)}")
 
 
@@ -658,7 +661,7 @@ def _answers(facts: BudgetFacts) -> str:
     if best is None:
         return "no search needed"
     gap = "" if facts.gap is None else f" (within {100 * facts.gap:.1f} % of the bound)"
-    others = ", ".join(f"{a.name} {a.fine:.4g}" for a in facts.answers if not a.chosen)
+    others = ", ".join(f"{a.name} {a.fine:.4g}" for a in facts.answers if not a.chosen and not math.isnan(a.points))
     return f"{best.name}{gap}" + (f", {best.fine:.4g} against {others}" if others else "")
 
 

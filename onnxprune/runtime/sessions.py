@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.graph.probes import InputSpec
 from onnxprune.graph.resized import Resized, fitted, read
-from onnxprune.io.files import workspace
+from onnxprune.io.files import is_working_file, workspace
 
 
 def eps(dtype: np.dtype[Any]) -> float:
@@ -296,7 +296,8 @@ def open_session(
                 return open_session(
                     model, optimize=False, threads=threads, spin=spin, providers=providers, profile=profile
                 )
-        raise _load_error(str(error), str(model) if isinstance(model, Path) else "the model") from error
+        is_users = isinstance(model, Path) and not is_working_file(model)
+        raise _load_error(str(error), str(model) if is_users else "the model") from error
     # onnxruntime goes on without a provider whose libraries do not load, and times would be those of another device.
     missing_provider = next((name for name in providers if name not in session.get_providers()), None)
     if missing_provider is not None:

@@ -17,7 +17,7 @@ from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.plan import PlanBranch
 from onnxprune.channels.selection import make_plan
-from onnxprune.errors import BudgetError, Note, UsageError, argument
+from onnxprune.errors import BudgetError, ModelError, Note, UsageError, argument
 from onnxprune.factorization.settings import Options as FactorOptions
 from onnxprune.importance.criteria import Criterion, needs_of
 from onnxprune.passes.calibration import MAX_TRIAL, CalibrationBatches, TrialSplit
@@ -49,7 +49,7 @@ from onnxprune.report.facts import (
     TargetFacts,
 )
 from onnxprune.search.depth import ChosenDepth, choose_depth, for_fewer_branches
-from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model
+from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model, unseen
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
 from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, Mask, SearchProblem, tolerance
@@ -635,7 +635,12 @@ class Search:
         split = TrialSplit(self.context.effort.trial_samples) if trial else None
         options |= {"split": split, "progress": progress}
         pruned = pruned_model(problem.analysis, candidate.removed, self.branches)
-        evaluation = evaluate(self.context, pruned, **options)
+        try:
+            evaluation = evaluate(self.context, pruned, **options)
+        except ModelError:
+            if self.spec.must_run:
+                raise
+            evaluation = unseen(self.context, pruned, candidate.factorize)
         self._answers.append((candidate, evaluation))
         self._tried.append((candidate.removed, self._facts_of(problem, candidate, evaluation, trial)))
         return evaluation

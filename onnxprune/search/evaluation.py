@@ -173,7 +173,8 @@ def evaluate(
         progress: callback for the stages of the recovery.
 
     Raises:
-        UsageError: the metric fails. BudgetError: no ranks save as much as they are to.
+        ModelError: the model cannot be run. UsageError: the metric fails.
+        BudgetError: no ranks save as much as they are to.
         ValidationError: new layers differ from their reference.
     """
     analysis = pruned.analysis
@@ -182,8 +183,7 @@ def evaluate(
     if factorize is not None and split is not None:
         factorize = factorize.unchecked()
     result = PassResult(pruned) if factorize is None else apply(factorize, trial_context, pruned)
-    facts = list(result.facts)
-    macs = next((fact.macs_after for fact in facts if isinstance(fact, Sizes)), None)
+    facts, macs = list(result.facts), _macs(result, pruned)
     if mode != "none":
         result = apply(Recover(mode, near=near), trial_context, result.model)
         facts += result.facts
@@ -195,8 +195,23 @@ def evaluate(
         if metric is not None:
             points = measure_metric(metric, path)
             quality = Quality(points, points, quality.fidelity)
-    macs = macs_after(analysis, pruned.removal) if macs is None else macs
     return Evaluation(model, facts, quality, size, model.num_parameters, macs)
+
+
+def unseen(context: Context, pruned: Model, factorize: Factorize | None = None) -> Evaluation:
+    """Return a pruned model that onnxruntime cannot run, factorized where requested, without its quality."""
+    trial_context = context.for_trial(None, None)
+    result = PassResult(pruned) if factorize is None else apply(factorize.unchecked(), trial_context, pruned)
+    with Workspace.of(context.analysis) as trial:
+        _, size = trial.write(*result.model.parts, "candidate")
+    quality, macs = Quality(math.nan, 0.0), _macs(result, pruned)
+    return Evaluation(result.model, list(result.facts), quality, size, result.model.num_parameters, macs)
+
+
+def _macs(result: PassResult, pruned: Model) -> int:
+    """Return the multiply-accumulates of a model behind a factorization, or without one."""
+    counts = (fact.macs_after for fact in result.facts if isinstance(fact, Sizes))
+    return next((n for n in counts if n is not None), macs_after(pruned.analysis, pruned.removal))
 
 
 def pruned_model(analysis: Analysis, removed: Mask, branches: Sequence[PlanBranch] = ()) -> Model:

@@ -35,6 +35,7 @@ class BudgetSpec:
         factorize: factorize layers as well, where that has a better quality than pruning; not for ``peak-memory``.
         trials: candidates to try around the best one; None: with recovery about half a minute of work, else none.
         quantize: mode of the quantization that follows; sizes and times are then those of quantized models.
+        must_run: whether a model that onnxruntime cannot run is an error; else the first candidate is taken unseen.
     """
 
     targets: tuple[Target, ...] = ()
@@ -47,6 +48,7 @@ class BudgetSpec:
     factorize: bool = False
     trials: int | None = None
     quantize: str | None = None
+    must_run: bool = True
 
     @classmethod
     def of(

@@ -234,3 +234,16 @@ def test_the_former_name_of_the_targets_still_works() -> None:
         assert op.Budget(wishes=spec).spec is spec
     with pytest.raises(TypeError, match="spec"):
         op.Budget()
+
+
+def test_a_model_that_cannot_be_run_has_budgets_without_a_comparison() -> None:
+    """No candidate is seen; the allocation by scores stands, and the model is never named by a file of the run."""
+    net = Net(17)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 8, 8]), 3, 16))
+    y = net.hint(net.op("NotThere", net.conv(x, 16, 8), domain="com.acme"), ["N", 8, 8, 8])
+    model = net.model(y, check=False, shapes={y: ["N", 8, 8, 8]})
+    result = op.prune(model, target="macs=0.6", validate=False)
+    assert 0.5 < shares(result)["macs"] <= 0.6
+    assert "nothing was compared" in str(result.report)
+    with pytest.raises(op.ModelError, match=r"'com.acme:NotThere'.* so the model cannot be run here"):
+        op.prune(model, target="macs=0.6")
