@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -584,7 +585,9 @@ class Recover(Pass):
         def one(layer: Layer) -> Fitted:
             problem = values[layer.node.index]
             locked = layer.target.weight.root in pruned.locked
-            return _fitted(layer, problem, mode, mixed.get(layer.node.index), context.effort.rows, locked)
+            settings = {"mixing": mixed.get(layer.node.index), "density": context.effort.rows}
+            at_once = min(len(layers), os.cpu_count() or 1)
+            return _fitted(layer, problem, mode, locked, memory=memory // at_once, **settings)
 
         with context.stages.until_interrupted(lambda: _so_far(repairs, targets)):
             for number, level in enumerate(targets.levels):
@@ -659,12 +662,12 @@ def _fitted_level(
     return fits
 
 
-def _fitted(layer: Layer, values: _Values, mode: str, mixing: Mixing | None, density: int, locked: bool) -> Fitted:
-    """Fit new weights for one layer; ``values`` are those of the problem, ``locked``: whether zeros stay 0."""
+def _fitted(layer: Layer, values: _Values, mode: str, locked: bool, **settings: Any) -> Fitted:
+    """Fit new weights for one layer; ``values`` and ``settings`` are the problem's, ``locked``: zeros stay 0."""
     matrix, bias = layer.read()
     channels = matrix.shape[0] * matrix.shape[1] // layer.form.taps
     mask = matrix != 0 if locked else None
-    problem = Problem(layer.target, layer.shape, channels, *values, mixing=mixing, density=density, mask=mask)
+    problem = Problem(layer.target, layer.shape, channels, *values, mask=mask, **settings)
     solution = recover_layer(problem, matrix, bias, mode=mode, fixed_bias=layer.fixed_bias, as_stored=layer.as_stored)
     return solution, problem.extent
 

@@ -36,7 +36,7 @@ Counted = Callable[[int, Sequence[int]], "NDArray[np.bool_] | None"]
 # Largest number of rows per unknown to fit a layer to. A layer of few unknowns has the rows of so many unknowns, since
 # rows of one sample are alike; half as many where each part has them for itself (a depthwise convolution).
 _ROWS, _FEW = 50, 160
-# Bytes of rows to keep between passes over them, and to join into one block.
+# Bytes of rows to keep between passes over them (by default), and to join into one block.
 _CACHE_BYTES = 256 << 20
 _BLOCK = 16 << 20
 
@@ -132,6 +132,7 @@ class Problem:
         mixing: mixed channels that replace some of the survivors in the target.
         density: largest number of rows per unknown to fit to.
         mask: weights that may change, [parts, n, o]; None: all.
+        memory: bytes of rows to keep between passes over them; beyond, they are made again.
     """
 
     layer: RecoveryTarget
@@ -146,6 +147,7 @@ class Problem:
     mixing: Mixing | None = None
     density: int = _ROWS
     mask: Mask | None = None
+    memory: int = _CACHE_BYTES
     extent: tuple[int, int, int] = (0, 0, 0)
     """Rows to fit to, unknowns per output and rank of the rows; set by ``sums``."""
     _cached: dict[bool, list[Rows]] = field(default_factory=dict)
@@ -168,7 +170,7 @@ class Problem:
             size += block.nbytes
             if blocks is not None:
                 blocks.append(block)
-                blocks = blocks if size <= _CACHE_BYTES else None
+                blocks = blocks if size <= self.memory else None
         if blocks is not None:
             self._cached[held_out] = blocks
 
@@ -283,9 +285,8 @@ _RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)
 _STEPS = 2
 # Bytes of mean rows, one per sample and output, to hold at a time.
 _POOLED_BLOCK = 128 << 20
-# Largest number of rows per sample, and of bytes, at which all rows are used.
+# Largest number of rows per sample at which all rows are used.
 _MAX_ROWS = 1024
-_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +320,8 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
         solution: weights [1, n, o], bias [1, o].
         fixed_bias: whether the bias has to stay 0.
     """
-    train, hold_out = list(_means(problem, False)), list(_means(problem, True))
-    if not train or not hold_out:
+    train, hold_out = _AllRows(problem, False), _AllRows(problem, True)
+    if train.is_empty or hold_out.is_empty:
         return solution
     first = best = _error(hold_out, solution.matrix, solution.bias)
     best_solution, limit = solution, first * (1.0 - WORTH)
@@ -336,34 +337,57 @@ def sharpen(problem: Problem, solution: Solution, *, fixed_bias: bool = False) -
     return best_solution
 
 
-def _means(problem: Problem, held_out: bool) -> Iterator[_Means]:
-    """Return all rows, batch by batch; none where there are too many."""
-    for rows, samples in problem.every_row(held_out, _MAX_ROWS, _BYTES):
-        yield _Means(rows, rows.data.shape[1] // samples)
+class _AllRows:
+    """All rows of hold-out samples or of the others, batch by batch; none where there are too many.
+
+    They take more memory than data and targets (edges of saturation for each row): beyond a limit they are made again.
+    """
+
+    def __init__(self, problem: Problem, held_out: bool) -> None:
+        self._problem, self._held_out = problem, held_out
+        self._cached: list[_Means] | None = None
+        self.is_empty = next(iter(self), None) is None
+
+    def __iter__(self) -> Iterator[_Means]:
+        if self._cached is not None:
+            yield from self._cached
+            return
+        blocks: list[_Means] | None = []
+        size = 0
+        for rows, samples in self._problem.every_row(self._held_out, _MAX_ROWS, self._problem.memory):
+            means = _Means(rows, rows.data.shape[1] // samples)
+            yield means
+            size += rows.nbytes
+            if blocks is not None:
+                blocks.append(means)
+                blocks = blocks if size <= self._problem.memory // 2 else None
+        self._cached = blocks
 
 
-def _error(parts: list[_Means], weights: Real, bias: Real) -> float:
+def _error(parts: _AllRows, weights: Real, bias: Real) -> float:
     return float(sum(np.square(p.residuals(weights, bias)[0], dtype=np.float64).sum() for p in parts))
 
 
 def _step(
-    parts: list[_Means], weights: Real, bias: Real, ridge: float, fixed_bias: bool, mask: Mask | None
+    parts: _AllRows, weights: Real, bias: Real, ridge: float, fixed_bias: bool, mask: Mask | None
 ) -> tuple[Real, Real]:
     """Return W + D, D_o = J_o^T (J_o J_o^T + r m I)^-1 e_o for every output o.
 
     J_o is the mean over positions of the rows at which its activation is not saturated, [samples, n], e_o the residual
     of the means, m the mean square of J_o's rows; columns outside of the mask are 0."""
-    samples = sum(p.rows.data.shape[1] // p.positions for p in parts)
     n, outputs = weights.shape[1:]
-    residuals, passed = zip(*(p.residuals(weights, bias) for p in parts), strict=True)
+    blocks, residuals = [], []
+    for part in parts:
+        residual, passed = part.residuals(weights, bias)
+        blocks.append((part.rows.data[0].reshape(-1, part.positions, n), passed))
+        residuals.append(residual)
     errors = np.concatenate(residuals).astype(np.float64)
+    samples = len(errors)
     new, shifted = weights.copy(), bias.copy()
     step = max(1, _POOLED_BLOCK // (8 * samples * (n + samples)))
     for start in range(0, outputs, step):
         at = slice(start, start + step)
-        rows = np.concatenate(
-            [_rows(p, through[:, at], fixed_bias) for p, through in zip(parts, passed, strict=True)], axis=1
-        )
+        rows = np.concatenate([_rows(data, passed[:, at], fixed_bias) for data, passed in blocks], axis=1)
         if mask is not None:
             rows[:, :, :n] *= mask[0, :, at].T[:, None, :]
         products = rows @ rows.transpose(0, 2, 1)
@@ -376,10 +400,9 @@ def _step(
     return new, shifted
 
 
-def _rows(part: _Means, passed: Array, fixed_bias: bool) -> Real:
-    """Return J of one batch, [o, samples, n], and a last column of means of ones for the bias."""
-    count = part.positions
-    data = part.rows.data[0].reshape(-1, count, part.rows.data.shape[2])
+def _rows(data: Array, passed: Array, fixed_bias: bool) -> Real:
+    """Return J of data [samples, positions, n], [o, samples, n], and a last column of means of ones for the bias."""
+    count = data.shape[1]
     mask = passed.reshape(len(data), count, -1).astype(data.dtype)
     means: Real = (np.matmul(mask.transpose(0, 2, 1), data) / count).transpose(1, 0, 2).astype(np.float64)
     if fixed_bias:

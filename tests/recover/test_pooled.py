@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 from planted import Planted, draw, error, how, plan, repaired
 
+import onnxprune as op
 from onnxprune.channels.plan import Plan
+from onnxprune.recovery.layer import Problem
 
 
 def classifier(net: Planted, ending: str, activation: str = "Relu") -> tuple[onnx.ModelProto, Plan]:
@@ -45,6 +49,28 @@ def test_means_come_closer(ending: str, activation: str) -> None:
     for tensor in pointwise.graph.initializer:
         tensor.CopyFrom(weights[tensor.name])
     assert error(model, result.model, fresh) < 0.9 * error(model, pointwise, fresh)
+
+
+def test_rows_beyond_the_limit_of_memory_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same end: edges of saturation take several times the bytes of data and targets."""
+    model, gone = classifier(Planted(17, seed=3), "GlobalAveragePool", "Clip")
+    reads: list[int] = []
+    read = Problem._read
+
+    def counted(self: Problem, batch: int, all_rows: bool = False) -> Any:
+        reads.append(batch)
+        return read(self, batch, all_rows)
+
+    def run(memory: int | None) -> tuple[op.Result, int]:
+        reads.clear()
+        return repaired(model, gone, draw(model, 200), memory=memory)[1], len(reads)
+
+    monkeypatch.setattr(Problem, "_read", counted)
+    (one, num_cached), (other, num_all) = run(None), run(1_000_000)
+    assert num_all > 2 * num_cached
+    assert how(one) == how(other) and any("mean" in text for text in how(one).values())
+    for a, b in zip(one.model.graph.initializer, other.model.graph.initializer, strict=True):
+        np.testing.assert_allclose(onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b), rtol=1e-5, atol=1e-6)
 
 
 def test_what_follows_from_other_channels_is_not_lost() -> None:
