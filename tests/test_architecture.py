@@ -264,7 +264,9 @@ PATTERNS = {
     "recovery.attention": {"Mul", "Div"},
     "recovery.targets": {"Add"},
     "pruning.branches": {"Relu"},
-    "pruning.experts": {"TopK", "Equal", "OneHot", "Gather", "Slice", "Transpose", "ReduceSum"},
+    "pruning.experts": {
+        *("TopK", "ArgMax", "Equal", "OneHot", "Gather", "Slice", "Transpose", "ReduceSum", "ReduceMax"),
+    },
 }
 """Operators of a pattern that a module looks for: a number compared, a scale, a bias, an activation behind a sum, a
 choice among experts and a question for one of them."""

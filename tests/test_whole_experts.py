@@ -215,6 +215,39 @@ def test_sigmoid_scores_and_channels_besides() -> None:
     assert result.report.exactness.passed
 
 
+def switched(capacity: int, one_hot: bool = False) -> onnx.ModelProto:
+    """One expert per token, by the largest share; an expert takes the first ``capacity`` of its tokens."""
+    net, x, scores = start()
+    shares = net.op("Softmax", scores, axis=-1)
+    ids = net.op("ArgMax", shares, axis=-1, keepdims=0 if one_hot else 1)
+    share = net.reduce("ReduceMax", shares, [-1])
+    if one_hot:
+        hot = net.op("OneHot", ids, net.const(np.array(E)), net.const(np.array([0, 1], np.float32)), axis=-1)
+    y = net.op("Mul", x, net.const(np.array(0, np.float32), np.float32))
+    for e in range(E):
+        if one_hot:
+            mask = net.op("Gather", hot, net.const(np.array([e])), axis=1)
+        else:
+            mask = net.op("Cast", net.op("Equal", ids, net.const(np.array(e))), to=1)
+        places = net.op("CumSum", mask, net.const(np.array(0)))
+        fits = net.op(
+            "Cast", net.op("LessOrEqual", places, net.const(np.array(capacity, np.float32), np.float32)), to=1
+        )
+        y = net.op("Add", y, net.op("Mul", expert(net, x, e), net.op("Mul", mask, fits)))
+    return end(net, net.op("Mul", y, share))
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_switch_routers(one_hot: bool) -> None:
+    model = switched(8, one_hot)
+    result = op.prune(model, experts=2, data={"x": X}, recover="none", latency=False)
+    (facts,) = result.report.experts
+    assert (facts.experts, facts.top_k, len(facts.removed)) == (E, 1, 2) and result.report.exactness.passed
+    expected = outputs(without(model, facts.removed), X)
+    np.testing.assert_allclose(outputs(result.model, X), expected, atol=1e-5)
+    assert sizes(result.model)["router"] == (D, E - 2) and not np.allclose(expected, outputs(model, X), atol=1e-3)
+
+
 def plain() -> onnx.ModelProto:
     net = Net(18)
     scores = net.op("MatMul", net.input("x", ["N", D]), net.weight(D, E))

@@ -374,7 +374,7 @@ class Reduce(Rule):
             step.freeze(labels, Reason.MISSING_CONSTANT, "the reduced axes are not known")
             return
         for axis in axes:
-            if self.contraction or (self.approximate and step.approximate(labels, axis)):
+            if self.contraction or step.may_lose_choices or (self.approximate and step.approximate(labels, axis)):
                 continue
             step.fix(labels, axis, Reason.NORMALISED, f"{step.node.op} mixes these channels")
         result: Labels = ()

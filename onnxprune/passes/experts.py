@@ -140,7 +140,7 @@ class _Work:
         work._filter(include, exclude)
         if not work.mixtures:
             reasons = [f"{name}: {why}" for name, why in work.reasons.items()][:3]
-            none = "A mixture is a TopK over a router's scores and the experts that it chooses, or MoE or QMoE."
+            none = "A mixture is a TopK or ArgMax over a router's scores and the experts chosen by it, or MoE or QMoE."
             hint = f"Reasons: {'; '.join(reasons)}." if reasons else none
             raise BudgetError("No expert was found that can be removed.", hint=hint)
         return work

@@ -1,7 +1,7 @@
 """Mixtures of experts: where a graph chooses among experts, and the model without some of them.
 
-A choice is a TopK over a router's scores, or a MoE operator. Experts are positions of the scores' axis: all axes
-labelled like them (columns of the router, rows of stacked weights) is cut like channels. An expert that is a branch of
+A choice is a TopK or ArgMax over a router's scores, or a MoE operator. Experts are positions of the scores' axis: axes
+labelled like them (columns of the router, rows of stacked weights) are cut like channels. An expert that is a branch of
 its own is a term of a sum that depends on one number of the choice, and is removed as a term.
 
 The reference of the proof is the original whose scores of removed experts are minus infinity, in front of every softmax
@@ -64,7 +64,7 @@ class Mixture:
         size: number of experts.
         top_k: number that are chosen.
         ids: tensor with the numbers of the chosen ones; "" where the operator hides them.
-        shares: first outputs of softmaxes over the experts.
+        shares: first outputs of softmaxes over the experts, and of their largest.
         readers: nodes that pick by these numbers.
         terms: addends of single experts.
         weights: weights that only nodes of one expert read, by expert.
@@ -121,6 +121,8 @@ def _mixture(graph: Graph, facts: Facts, node: Node) -> Mixture | None:
         k = facts.static_value(node.inputs[1]) if len(node.inputs) > 1 else np.asarray(node.attrs.get("k", 0))
         scores, axis, ids = node.inputs[0], int(node.attrs.get("axis", -1)), node.outputs[1]
         top_k = 0 if k is None else int(np.ravel(k)[0])
+    elif node.op == "ArgMax" and not node.domain:  # Switch: one expert per token
+        scores, axis, top_k, ids = node.inputs[0], int(node.attrs.get("axis", 0)), 1, node.outputs[0]
     else:
         return None
     shape = facts.shape(scores)
@@ -130,9 +132,21 @@ def _mixture(graph: Graph, facts: Facts, node: Node) -> Mixture | None:
         return None
     chain = tuple(_chain(graph, facts, scores, axis, size))
     readers_of_chain = [n for t in chain for n, i in graph.consumers.get(t, ()) if i == 0]
-    shares = tuple(n.outputs[0] for n in readers_of_chain if rule_of(n).score_axis(n, len(shape)) == axis)
+    shares = tuple(
+        n.outputs[0]
+        for n in readers_of_chain
+        if rule_of(n).score_axis(n, len(shape)) == axis or _is_largest(facts, n, shape, axis)
+    )
     readers = tuple(_readers(graph, facts, ids, size)) if ids else ()
     return Mixture(node.label, node.outputs[0], scores, chain, axis, size, top_k, ids, shares, readers)
+
+
+def _is_largest(facts: Facts, node: Node, shape: Sequence[int | None], axis: int) -> bool:
+    """Return whether a node takes the largest score over the experts, which is the share of the one that is chosen."""
+    if node.op != "ReduceMax" or node.domain:
+        return False
+    others = (*shape[:axis], *shape[axis + 1 :])
+    return tuple(facts.shape(node.outputs[0]) or ()) in (others, (*shape[:axis], 1, *shape[axis + 1 :]))
 
 
 def _chain(graph: Graph, facts: Facts, scores: str, axis: int, size: int) -> Iterator[str]:
