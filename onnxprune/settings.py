@@ -1100,7 +1100,7 @@ SETTINGS: tuple[Setting, ...] = (
         "depth",
         BranchAmount(),
         f"Remove whole residual branches (y = x + f(x)): this number or share of them, those that change the outputs "
-        f"on {argument('data')} least; auto: the number that meets a {argument('target')} best. No channels are "
+        f"on {argument('data')} least; auto: those that a {argument('target')} is best met without. No channels are "
         f"removed unless {argument('ratio')} or {argument('target')} is given too.",
         {"prune": AMOUNT},
         conflicts=_PLAN,

@@ -16,7 +16,7 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.groups import Group, Units
 from onnxprune.graph import cost
 from onnxprune.graph.cost import known
-from onnxprune.graph.view import Graph, reads
+from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.io.elements import DTYPES, PACKED_BITS
 from onnxprune.io.weights import Weight
 from onnxprune.labels.label import Ids, Label
@@ -377,6 +377,15 @@ class Peak:
     def rows(self, counts: Counts) -> Costs:
         """Return bytes [cuts, moments]."""
         return np.asarray(self._weights.rows(counts) + self._memory.alive(counts))
+
+    def of(self, name: str, elements: Any) -> Any:
+        """Return the bytes of so many elements of a weight, by its name."""
+        return self._weights.of(name, elements)
+
+    @property
+    def moments(self) -> Sequence[Node]:
+        """Return the node that runs at every row."""
+        return self._memory.rows
 
     def dearest(self, counts: Counts) -> tuple[str, float]:
         """Return the node of the peak for counts [groups], and the share of activations in the peak."""

@@ -1,14 +1,15 @@
-"""Layers that may be factorized as further columns of counts, beside the groups that may be pruned."""
+"""Costs of groups where layers may be factorized as well, as further columns of counts, or where nodes are absent."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.allocation.costs import Cost, Costs, Counts, Sizes, WeightCost
+from onnxprune.allocation.costs import Cost, Costs, Counts, Peak, Sizes, WeightCost
 from onnxprune.allocation.knapsack import Choices
 from onnxprune.allocation.latency_model import Latency
 from onnxprune.graph import cost
@@ -76,6 +77,46 @@ class FactorizedCost:
         elements = np.asarray(np.prod(np.broadcast_arrays(*shape(part.weight)), axis=0), dtype=np.float64)
         assert isinstance(self._original, WeightCost)
         return np.asarray(self._original.of(part.weight, elements), dtype=np.float64)
+
+
+class ReducedCost:
+    """A cost of groups in a model without some nodes, such as those of residual branches.
+
+    Args:
+        original: cost with all nodes.
+        kind: its kind.
+        sizes: of all tensors as functions of counts.
+        nodes: the nodes that the model lacks.
+        weights: names of the weights that only these nodes read.
+    """
+
+    def __init__(self, original: Cost, kind: str, sizes: Sizes, nodes: Sequence[Node], weights: Sequence[str]) -> None:
+        self._original, self._kind, self._sizes = original, kind, sizes
+        self._nodes, self._weights = nodes, weights
+        self._layers = [node for node in nodes if cost.is_layer(node, sizes.analysis.graph)]
+        moments = original.moments if isinstance(original, Peak) else ()
+        absent = {node.index for node in nodes}
+        self._absent = np.array([moment.index in absent for moment in moments], dtype=bool)
+
+    def rows(self, counts: Counts) -> Costs:
+        """Return costs [cuts, rows] for counts [cuts, groups] of kept steps."""
+        result = self._original.rows(counts) - self.saved(counts)[:, None]
+        if self._absent.any():
+            result[:, self._absent] = 0.0
+        return np.asarray(result)
+
+    def saved(self, counts: Counts) -> Array:
+        """Return the cost [cuts] of the nodes; of a peak memory that of their weights."""
+        shape, cuts = self._sizes.at(counts), len(counts)
+        if isinstance(self._original, Latency):
+            return np.broadcast_to(self._original.of(self._nodes, shape, cuts), cuts)
+        if self._kind == "macs":
+            total = sum((cost.macs(node, shape) for node in self._layers), start=np.zeros(cuts))
+        else:
+            assert isinstance(self._original, (WeightCost, Peak))
+            parts = (self._original.of(name, prod(shape(name))) for name in self._weights)
+            total = sum(parts, start=np.zeros(cuts))
+        return np.asarray(total, dtype=np.float64)
 
 
 def add_parts(choices: Choices, parts: Sequence[Part], rate: float) -> Choices:

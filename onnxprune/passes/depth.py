@@ -98,18 +98,21 @@ class Shortening:
         context: context of the run.
         include, exclude: globs over names.
         keep_cache: whether caches of removed branches stay as inputs and outputs.
-        by_cost: whether the order is that of the loss per multiply-accumulate.
+
+    Attributes:
+        errors: loss of the outputs when a branch went behind those before it, by tensor.
+        alone: loss of the outputs without each branch alone, as far as it was measured.
     """
 
     context: Context
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     keep_cache: bool = False
-    by_cost: bool = False
     scan: Branches = field(init=False)
     branches: list[Branch] = field(init=False)
     reasons: dict[str, str] = field(init=False)
     errors: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         analysis = self.context.analysis
@@ -181,42 +184,54 @@ class Shortening:
 
     def sequence(self, number: int) -> Iterator[Branch]:
         """Yield up to so many branches in the order in which they go, each measured behind those before it."""
-        measure = _Measure(self.context, self.scan)
-        free = self.free
-        guesses = measure.cosines(free)
-        limit = max(number + _AGAIN, int(self.context.effort.seconds / measure.seconds))
-        first = sorted(free, key=lambda b: guesses.get(b.tensor, 0.0))[:limit]
-        if len(first) < len(free):
-            self.context.stages.leave_out(f"measuring {len(free) - len(first)} of {len(free)} branches by their effect")
-        stale: dict[str, float] = {}
-        for position, branch in enumerate(first):
-            with suppress(UsageError):  # nothing else gives the sizes of its cache
-                stale[branch.tensor] = measure.without([branch])
-            self.context.tell("depth", (position + 1) / (len(first) + _AGAIN * number))
-        by_tensor = {branch.tensor: branch for branch in free}
-        removed: list[Branch] = []
+        measure = self.measure_alone(number + _AGAIN, ahead=_AGAIN * number)
+        by_tensor = {branch.tensor: branch for branch in self.free}
+        stale, removed = dict(self.alone), list[Branch]()
         while stale and len(removed) < number:
             best = self._next(measure, removed, [by_tensor[name] for name in stale], stale)
             if best is None:
                 break
             removed.append(best)
-            self.context.tell("depth", (len(first) + _AGAIN * len(removed)) / (len(first) + _AGAIN * number))
+            num_alone = len(self.alone)
+            self.context.tell("depth", (num_alone + _AGAIN * len(removed)) / (num_alone + _AGAIN * number))
             yield removed[-1]
 
+    def measure_alone(self, least: int, ahead: int = 0) -> Measure:
+        """Measure what the outputs lose without each branch alone; return the measure for several together.
+
+        Args:
+            least: number of branches to measure where the effort allows fewer, those of the most similar sums first.
+            ahead: number of measurements that are to follow, for the progress.
+        """
+        measure = Measure(self.context, self.scan)
+        free = self.free
+        guesses = measure.cosines(free)
+        limit = max(least, int(self.context.effort.seconds / measure.seconds))
+        first = sorted(free, key=lambda b: guesses.get(b.tensor, 0.0))[:limit]
+        if len(first) < len(free):
+            self.context.stages.leave_out(f"measuring {len(free) - len(first)} of {len(free)} branches by their effect")
+        for position, branch in enumerate(first):
+            with suppress(UsageError):  # nothing else gives the sizes of its cache
+                self.alone[branch.tensor] = measure.without([branch])
+            self.context.tell("depth", (position + 1) / (len(first) + ahead))
+        return measure
+
+    def goes_with(self, branch: Branch, removed: Sequence[Branch]) -> bool:
+        """Return whether a branch lies within one that is removed."""
+        producer = self.scan.graph.producer[branch.tensor].index
+        return any(producer in other.nodes for other in removed)
+
     def _next(
-        self, measure: _Measure, removed: Sequence[Branch], others: Sequence[Branch], stale: dict[str, float]
+        self, measure: Measure, removed: Sequence[Branch], others: Sequence[Branch], stale: dict[str, float]
     ) -> Branch | None:
         """Return the branch to remove next: the best of a few, of those that looked best before the last removal."""
-        within = {n for branch in removed for n in branch.nodes}
         fresh: dict[str, float] = {}
-        weight = {b.tensor: 1.0 / b.macs if self.by_cost else 1.0 for b in others}
-        for branch in sorted(others, key=lambda b: stale[b.tensor] * weight[b.tensor]):
+        for branch in sorted(others, key=lambda b: stale[b.tensor]):
             name = branch.tensor
-            if self.scan.graph.producer[name].index in within:
-                del stale[name]  # it went with a branch around it
+            if self.goes_with(branch, removed):
+                del stale[name]
                 continue
-            looks = stale[name] * weight[name]
-            if len(fresh) == _AGAIN or any(error * weight[n] <= looks for n, error in fresh.items()):
+            if len(fresh) == _AGAIN or any(error <= stale[name] for error in fresh.values()):
                 break
             try:
                 fresh[name] = measure.without([*removed, branch]) if removed else stale[name]
@@ -225,7 +240,7 @@ class Shortening:
         stale.update(fresh)
         if not fresh:
             return None
-        best = min(fresh, key=lambda n: fresh[n] * weight[n])
+        best = min(fresh, key=lambda n: fresh[n])
         self.errors[best] = stale.pop(best)
         return next(branch for branch in others if branch.tensor == best)
 
@@ -243,7 +258,8 @@ class Shortening:
         """Return the facts about all branches that stay, with the reasons of those that may not go."""
         names = {branch.tensor for branch in removed}
         branches = [branch for branch in self.branches if branch.tensor not in names]
-        return [f for f in _facts_of_all(self.scan, branches, self.context.analysis) if f.name not in names]
+        facts = [f for f in _facts_of_all(self.scan, branches, self.context.analysis) if f.name not in names]
+        return [replace(f, error=self.alone.get(f.name)) for f in facts]
 
     def result(self, removed: Sequence[Branch], settings: Mapping[str, Any]) -> tuple[Model, list[Fact]]:
         """Return the model without branches and the facts about it."""
@@ -302,7 +318,7 @@ def facts_of(
 # -- what the outputs lose ---------------------------------------------------------------------------------------------
 
 
-class _Measure:
+class Measure:
     """Runs without branches on a few samples.
 
     Args:

@@ -149,8 +149,13 @@ class Prune(Pass, Options):
         """Return the selector of units, to select units without pruning: ``selector(...).at(ratio)``."""
         return Selector(context, analysis, self.request, self.score, self.name)
 
-    def prepared(self, context: Context, model: Model) -> Analysis:
+    def prepared(self, context: Context, model: Model, *, shorter: bool = False) -> Analysis:
         """Return the analysis of the current model, renewed where a pass has changed the model since.
+
+        Args:
+            context: the run.
+            model: the current model.
+            shorter: whether patterns are about residual branches as well, and may match the tensors that these end in.
 
         Raises:
             UsageError: a pattern matches nothing.
@@ -163,7 +168,12 @@ class Prune(Pass, Options):
                 analysis = Analysis(source, approximate=self.approximate, **known)
             analysis = analysis.with_digest_of(context.analysis)
         labels = (n.label for n in analysis.graph.nodes)
-        check_names(self.request, (*analysis.loaded.weights, *analysis.graph.weights, *labels))
+        names = [*analysis.loaded.weights, *analysis.graph.weights, *labels]
+        if shorter or model.is_shortened:
+            original = context.analysis
+            names += [*original.loaded.weights, *original.graph.weights]
+            names += [name for n in original.graph.nodes for name in (n.label, *n.outputs)]
+        check_names(self.request, names)
         return analysis
 
     def _cut(

@@ -74,8 +74,9 @@ class RotatedStream:
 class BranchFacts:
     """A residual branch: the tensor that it ends in, and the node that adds it.
 
-    ``error``: noise of the outputs, a share of their variance, when it was removed behind the branches before it; null
-    where a plan decided. ``source``: the tensor beside it. ``cache``: inputs and outputs that were removed with it.
+    ``error``: noise of the outputs, a share of their variance, when it was removed behind the branches before it, or
+    without it alone where it stays; null where a plan decided. ``source``: the tensor beside it. ``cache``: inputs and
+    outputs that were removed with it.
     """
 
     name: str

@@ -460,7 +460,7 @@ def inspected_branches(facts: Sequence[BranchFacts], *, name_width: int, max_row
 def branch_fate(branch: BranchFacts) -> str:
     """Return as text whether a branch was removed, and the loss of the outputs, or why it stays."""
     if not branch.removed:
-        return branch.reason
+        return branch.reason if branch.error is None else f"outputs would change by {_share(branch.error)}"
     return "removed" if branch.error is None else f"removed; outputs changed by {_share(branch.error)}"
 
 

@@ -48,7 +48,7 @@ from onnxprune.report.facts import (
     Settings,
     TargetFacts,
 )
-from onnxprune.search.depth import ChosenDepth, choose_depth, for_fewer_branches
+from onnxprune.search.depth import ChosenDepth, choose_depth, of_original
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model, unseen
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, Mixture
@@ -138,32 +138,27 @@ class Budget(Pass, Options):
         return run_by_criterion(context, self.criterion, lambda c: self._run(context, model, self.prune(c)))
 
     def _run(self, context: Context, model: Model, prune: Prune) -> PassResult:
-        analysis = prune.prepared(context, model)
+        analysis = prune.prepared(context, model, shorter=self.shorter)
         before = points_of_original(context.analysis, self.spec.metric)
         if not (self.shorter or model.is_shortened):
-            return self._completed(context, prune, self._search(context, analysis, prune, before), before)
-        spec, originals = for_fewer_branches(context, self.spec)
-        depth = ChosenDepth(replace(model, analysis=analysis), (), ())
+            search = Search(context, analysis, self.spec, prune, self.recover, before)
+            return self._completed(context, prune, self._result(search), before)
+        spec, originals = of_original(context, self.spec)
+        search = Search(context, analysis, spec, prune, self.recover, before, model.plan.branches, originals)
+        depth = ChosenDepth(model, (), ())
         if self.shorter:
             with context.stage("depth"):
-                depth = choose_depth(context, model, prune, spec, originals, self.recover)
-        branches = depth.model.plan.branches
-        result = replace(self, spec=spec)._search(context, depth.model.analysis, prune, before, branches, originals)
-        completed = self._completed(context, prune, result, before, originals)
+                depth = choose_depth(context, model, search.opened(), prune, spec, self.recover)
+            if depth.model is not model:
+                search = search.of(depth.model.analysis, depth.model.plan.branches)
+        completed = self._completed(context, prune, self._result(search), before)
         budget = next(fact for fact in completed.facts if isinstance(fact, BudgetFacts))
         budget.answers = [*depth.answers, *budget.answers]
         return replace(completed, facts=[*depth.facts, *completed.facts])
 
-    def _completed(
-        self,
-        context: Context,
-        prune: Prune,
-        result: SearchResult,
-        before: float,
-        originals: Mapping[str, float] | None = None,
-    ) -> PassResult:
+    def _completed(self, context: Context, prune: Prune, result: SearchResult, before: float) -> PassResult:
         """Return the result of a search; raises BudgetError, with the report, where a gate is not met."""
-        pruned, facts = self._outcome(context, prune, result, before, originals or {})
+        pruned, facts = self._outcome(context, prune, result, before)
         if result.failure is not None:
             quality = [result.final.quality.fidelity] if result.final.quality.fidelity is not None else []
             result.failure.report = Result(context, pruned, [*facts, *quality]).report
@@ -171,12 +166,7 @@ class Budget(Pass, Options):
         return PassResult(pruned, facts)
 
     def _outcome(
-        self,
-        context: Context,
-        prune: Prune,
-        result: SearchResult,
-        before: float,
-        originals: Mapping[str, float],
+        self, context: Context, prune: Prune, result: SearchResult, before: float
     ) -> tuple[Model, Sequence[Fact]]:
         """Return the best model and its facts for the report."""
         analysis, best, final = result.problem.analysis, result.best, result.final
@@ -192,36 +182,29 @@ class Budget(Pass, Options):
             # The user did not choose the settings of trials.
             *(f for f in final.facts if not isinstance(f, (Settings, Recovered))),
             Recovered(recovery, final.recovery.layers),
-            self._facts(result, before, originals),
+            self._facts(result, before),
             *(Remark(Note(text)) for text in result.remarks),
         ]
         return pruned, facts
 
-    def _search(
-        self,
-        context: Context,
-        analysis: Analysis,
-        prune: Prune,
-        before: float,
-        branches: Sequence[PlanBranch] = (),
-        originals: Mapping[str, float] | None = None,
-    ) -> SearchResult:
+    def _result(self, search: Search) -> SearchResult:
         """Return the best result within targets and gates; freeze a node that cannot be rewritten and search anew."""
-        for _ in range(len(analysis.graph.nodes) + 1):
+        for _ in range(len(search.analysis.graph.nodes) + 1):
             try:
-                with context.stage("budget"):
-                    options = branches, originals or {}
-                    return Search(context, analysis, self.spec, prune, self.recover, before, *options).run()
+                with search.context.stage("budget"):
+                    return search.run()
             except CannotRewrite as stop:
+                analysis = search.analysis
                 analysis = frozen_at(analysis, stop, np.ones(analysis.units.component.size, dtype=bool))
+                search = search.of(analysis, search.branches)
         raise AssertionError("every node was frozen")  # pragma: no cover
 
-    def _facts(self, result: SearchResult, before: float, originals: Mapping[str, float]) -> BudgetFacts:
+    def _facts(self, result: SearchResult, before: float) -> BudgetFacts:
         problem, best = result.problem, result.best
         limits = problem.limits()
         requested = {t.kind: str(t) for t in self.spec.targets}
         targets = [
-            TargetFacts(k, requested[k], limits[k], originals.get(k, problem.base(k)), best.costs[k], problem.origin(k))
+            TargetFacts(k, requested[k], limits[k], problem.base(k), best.costs[k], problem.origin(k))
             for k in requested
         ]
         compared = _best_by_name(result) or [(best, result.final)]
@@ -321,12 +304,28 @@ class Search:
         self.context, self.analysis, self.spec, self.prune = context, analysis, spec, prune
         self.mode, self.before, self.branches = mode, before, branches
         self._originals = originals or {}
+        self._opened: SearchProblem | None = None
         self._mixture_of: Mixture | None = None
         self._answers: list[Evaluated] = []
         self._tried: list[tuple[Mask, CandidateFacts]] = []
         self._unrounded: Callable[..., SearchProblem] | None = None
         self._work = WorkShare(lambda share: context.tell("budget", share), dict.fromkeys(_PARTS, 1.0))
         self._at = "final", 0, 1
+
+    def of(self, analysis: Analysis, branches: Sequence[PlanBranch]) -> Search:
+        """Return the same search over another analysis, of a model that lacks these branches."""
+        settings = self.spec, self.prune, self.mode, self.before, branches, self._originals
+        return Search(self.context, analysis, *settings)
+
+    def opened(self) -> SearchProblem:
+        """Return the problem of the targets, made once.
+
+        Raises:
+            BudgetError: no channel can be removed.
+        """
+        if self._opened is None:
+            self._opened = self.problem(self.spec.targets or (Target(self._shrinks, 1.0),))
+        return self._opened
 
     def run(self) -> SearchResult:
         """Return the best result within the targets and gates.
@@ -337,7 +336,7 @@ class Search:
         """
         spec, context = self.spec, self.context
         self.report_to(lambda share: context.tell("budget", share))
-        problem = self.problem(spec.targets or (Target(self._shrinks, 1.0),))
+        problem = self.opened()
         if not spec.targets:
             return replace(self._smallest(problem), tried=self._tried)
         result = self.within(problem)
@@ -395,7 +394,12 @@ class Search:
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
         curves = self._curves(context, selector)
         sensitivity = None if curves else self._output_sensitivity(context, selector)
-        build = partial(SearchProblem.of, self.context, selector, targets, table, quantize=self.spec.quantize)
+
+        def build(*measured: Any, rounded: bool = True) -> SearchProblem:
+            options: dict[str, Any] = {"rounded": rounded, "quantize": self.spec.quantize}
+            problem = SearchProblem.of(self.context, selector, targets, table, *measured, **options)
+            return problem.with_originals(self._originals)
+
         self._unrounded = partial(build, curves, sensitivity)
         problem = self._unrounded()
         counted = [t for t in targets if t.kind not in ("latency", "peak-memory")]
@@ -426,7 +430,11 @@ class Search:
         curves = source if isinstance(source, Sensitivity) else Sensitivity.load(source)
         file = "" if isinstance(source, Sensitivity) else repr(str(source))
         curves.check_model(selector.analysis.loaded.sha256, file)
-        return curves.losses()
+        losses = curves.losses()
+        if not self.branches:
+            return losses
+        numbers = {group.name: group.id for group in selector.analysis.groups}
+        return {numbers[c.name]: losses[c.group] for c in curves.curves if c.name in numbers}
 
     def _output_sensitivity(self, context: Context, selector: Selector) -> dict[int, Array] | None:
         """Return scores that sum to each group's output sensitivity, where data and time permit measuring it."""
@@ -653,7 +661,7 @@ class Search:
         counted = {"params": evaluation.params}
         counted |= {"size": evaluation.size} if problem.quantize is None else {}
         cost = evaluation.macs if kind == "macs" and candidate.factorize is not None else counted.get(kind)
-        share = (candidate.costs[kind] if cost is None else cost) / self._originals.get(kind, problem.base(kind))
+        share = (candidate.costs[kind] if cost is None else cost) / problem.base(kind)
         return CandidateFacts(candidate.name, share, evaluation.quality.points, trial)
 
     @property

@@ -160,6 +160,10 @@ class SearchProblem:
         problem = cls(context, selector, scored, sizes, costs, originals, choices, tuple(targets), lead, table)
         return problem if quantize is None else problem._in_eight_bits(quantize)
 
+    def with_originals(self, originals: Mapping[str, float]) -> SearchProblem:
+        """Return the problem with costs of another original by kind, of which the analysed model lacks branches."""
+        return replace(self, originals={kind: originals.get(kind, cost) for kind, cost in self.originals.items()})
+
     def _in_eight_bits(self, mode: str) -> SearchProblem:
         """Return the problem with sizes and times of quantized models, in proportion to those of the original."""
         costs, timed = dict(self.costs), "latency" in self.costs and self.is_measured_here

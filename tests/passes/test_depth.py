@@ -503,3 +503,51 @@ def test_a_latency_is_a_share_of_the_originals_without_branches_too(monkeypatch:
     assert target.how == "measured" and target.before == table.seconds
     assert target.after / target.before == pytest.approx(work(result.model) / work(trained()))
     assert 0.6 < target.after / target.before <= 0.7 * 1.05
+
+
+def blocks(scales: list[float], *, redundant: bool = False) -> onnx.ModelProto:
+    """Residual blocks whose branches have this scale; a redundant one has an inner channel that counts, and five 0."""
+    net = Net(17, seed=3)
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 6))
+    for scale in scales:
+        inner = net.op("Relu", net.conv(x, 6, 6))
+        rows = scale * np.random.default_rng(len(net.nodes)).standard_normal((6, 6, 3, 3)).astype(np.float32)
+        if redundant:
+            rows[:, 1:] = 0.0
+        x = net.op("Add", net.op("Conv", inner, net.const(rows), pads=[1] * 4), x)
+    return net.model(net.linear(net.op("Flatten", net.op("GlobalAveragePool", x)), 6, 5))
+
+
+@pytest.mark.parametrize("case", ["depth", "width", "latency", "two targets"])
+def test_one_knapsack_removes_branches_where_they_lose_least(case: str) -> None:
+    """Empty branches go, full ones with empty channels stay, unless every node takes its time at any width."""
+    model = blocks([0.3, 1e-4, 1e-4, 0.3] if "depth" in case else [0.1, 0.2, 0.1, 0.2], redundant="depth" not in case)
+    options = {"data": SAMPLES, "recover": "none", "trials": 0, "latency": False}
+    target: Any = {"macs": 0.55}
+    if case != "depth" and case != "width":
+        target = {"latency": 0.7} if case == "latency" else {"latency": 0.7, "peak-memory": 0.95}
+        options["latency_table"] = table_of(model, {"name": "another device"}, slow=100.0)
+    result = op.prune(model, target=target, depth="auto", **options)
+    removed = [branch for branch in result.report.branches if branch.removed]
+    if case == "depth":
+        found = branches(model)
+        assert {branch.name for branch in removed} == {found[1].tensor, found[2].tensor}
+        assert all(branch.error > 0.01 for branch in result.report.branches if not branch.removed)
+    else:
+        assert bool(removed) == (case != "width")
+    assert [branch.tensor for branch in result.plan.branches] == [branch.name for branch in removed]
+    for facts in result.report.budget.targets:
+        assert facts.after <= facts.limit * 1.05 and facts.limit == pytest.approx(target[facts.kind] * facts.before)
+    chosen = next(answer for answer in result.report.budget.answers if answer.chosen)
+    assert chosen.fine == max(a.fine for a in result.report.budget.answers if "removed" in a.name)
+
+
+def test_branches_within_a_budget_follow_patterns_and_its_end_is_typed() -> None:
+    model = blocks([0.3, 1e-4, 1e-4, 0.3])
+    options = {"data": SAMPLES, "recover": "none", "trials": 0, "latency": False, "depth": "auto"}
+    found = branches(model)
+    result = op.prune(model, target="macs=0.55", exclude=[found[1].tensor], **options)
+    assert [branch.tensor for branch in result.plan.branches] == [found[2].tensor]
+    assert next(branch.reason for branch in result.report.branches if branch.name == found[1].tensor) == "excluded"
+    with pytest.raises(BudgetError, match="cannot be reached: the best is macs="):
+        op.prune(model, target="macs=0.001", **options)
