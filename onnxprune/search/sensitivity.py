@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +25,7 @@ from onnxprune.passes.select import Selector
 from onnxprune.pipeline import Context
 from onnxprune.runtime import sessions
 from onnxprune.search.evaluation import Metric, evaluate, points_name, points_of_original, pruned_model
-from onnxprune.search.workers import WorkerRun, unpacked
+from onnxprune.search.workers import WorkerRun, in_workers, unpacked
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """Default shares of a group's units to prune."""
@@ -129,11 +128,9 @@ def measure_sensitivity(
         )
     with context.stage("sensitivity"):
         original = points_of_original(analysis, metric)
-        run = joblib.Parallel(n_jobs=jobs, return_as="generator")
         metric_name = points_name(metric)
-        for num_done, ((curve, _), points) in enumerate(
-            zip(work, run(joblib.delayed(run_job)(job) for _, job in work), strict=True)
-        ):
+        results = in_workers(run_job, [job for _, job in work], jobs)
+        for num_done, ((curve, _), points) in enumerate(zip(work, results, strict=True)):
             curve.noise, curve.points = [x[0] for x in points], [x[1] for x in points]
             metric_name = points[0][2]
             context.tell("sensitivity", (num_done + 1) / len(work))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import joblib
 import numpy as np
@@ -21,6 +21,9 @@ from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import Outputs
 from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Evaluation, Mask, Metric, evaluate, pruned_model
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,5 +185,19 @@ def evaluate_together(
     split = TrialSplit(context.effort.trial_samples)
     run = WorkerRun.of(context, analysis, max(2 * split.max_fit, split.max_fit + split.max_validation))
     trials = [Trial(run, mode, metric, mask.size, np.packbits(mask).tobytes()) for mask in removals]
-    results = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(_evaluated)(t) for t in trials)
-    return (replace(e, model=replace(e.model, analysis=analysis)) for e in results)
+    return (replace(e, model=replace(e.model, analysis=analysis)) for e in in_workers(_evaluated, trials, jobs))
+
+
+def in_workers(function: Callable[[T], R], arguments: Sequence[T], jobs: int | None) -> Iterator[R]:
+    """Call a function in workers; return its results in order, as they come where joblib's backend gives them so.
+
+    Args:
+        function: what workers run.
+        arguments: of each call.
+        jobs: workers at a time, None for that of ``joblib.parallel_config``, else one.
+    """
+    try:
+        run = joblib.Parallel(n_jobs=jobs, return_as="generator")
+    except ValueError:  # the backend of Ray gives all results at the end
+        run = joblib.Parallel(n_jobs=jobs)
+    return iter(run(joblib.delayed(function)(argument) for argument in arguments))

@@ -9,6 +9,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from joblib.parallel import ThreadingBackend
 
 import onnxprune as op
 from onnxprune.allocation.knapsack import GroupCurve, Sensitivity, by_curves, by_scores
@@ -64,7 +65,16 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         measured(cache=tmp_path, ratios=(0.5,))
 
 
-@pytest.mark.parametrize("backend", ["threading", "loky"])
+class AllAtOnce(ThreadingBackend):
+    """Threads whose results come together at the end, as those of the backend of Ray."""
+
+    supports_return_generator = False
+
+
+joblib.register_parallel_backend("all-at-once", AllAtOnce)
+
+
+@pytest.mark.parametrize("backend", ["all-at-once", "loky"])
 def test_backends_of_joblib_agree(backend: str, tmp_path: Path) -> None:
     alone = measured(cache=tmp_path / "one")
     with joblib.parallel_config(backend=backend, n_jobs=2):
@@ -90,7 +100,7 @@ def budgeted() -> tuple[dict[str, float], int]:
     return {a.name: a.fine for a in facts.answers}, sum(split is not None for split in here)
 
 
-@pytest.mark.parametrize("backend", ["threading", "loky"])
+@pytest.mark.parametrize("backend", ["all-at-once", "loky"])
 def test_candidates_of_a_budget_are_spread_as_well(backend: str) -> None:
     (alone, here) = budgeted()
     assert here == len(alone) > 1
@@ -111,6 +121,22 @@ def test_a_cluster_of_dask(tmp_path: Path) -> None:
         assert budgeted() == (pytest.approx(losses, rel=1e-3, abs=1e-7), 0)
     for one, other in zip(alone.curves, spread.curves, strict=True):
         assert one.noise == pytest.approx(other.noise, rel=1e-3, abs=1e-7)
+
+
+def test_a_cluster_of_ray(tmp_path: Path) -> None:
+    """Where ray is installed: it is too large to be among the tools that tests need."""
+    ray = pytest.importorskip("ray")
+    register_ray = pytest.importorskip("ray.util.joblib").register_ray
+    alone = measured(cache=tmp_path / "one")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        register_ray()
+        with joblib.parallel_config(backend="ray"):
+            spread = measured(cache=tmp_path / "two")
+    finally:
+        ray.shutdown()
+    for one, other in zip(alone.curves, spread.curves, strict=True):
+        assert one.group == other.group and one.noise == pytest.approx(other.noise, rel=1e-3, abs=1e-7)
 
 
 def test_the_users_metric_in_workers(tmp_path: Path) -> None:
