@@ -146,10 +146,10 @@ def prune(
             removal changes the outputs on ``data`` least, see :class:`onnxprune.passes.Depth`; or ``"auto"``: as many
             as ``target`` is best met with. None: none.
         rotate: whether residual streams are turned to the principal directions of ``data`` first, so that pruned
-            channels carry least: ``yes``, ``no``, or ``auto`` (default): where a trial at the same work is more
+            channels carry least: ``yes``, ``no``, or ``auto`` (default): if a trial at the same MACs is more
             faithful with it; not with ``quick`` effort, see :class:`onnxprune.passes.Rotate`.
-        keep_cache: leave inputs and outputs for the caches of branches that ``depth`` removes, each output being the
-            input; False: they go as well.
+        keep_cache: keep the inputs and outputs of caches in branches that ``depth`` removes, each output then equal to
+            its input; False: they are removed as well.
         experts: experts to remove from every mixture, a number from 1 or a share, 0 < share < 1, never below the number
             that is chosen per token, see :class:`onnxprune.passes.Experts`. None: none.
         vocabulary: tokens to keep, the others leave embeddings and logits: ids, a text or JSON file of ids, ``"auto"``
@@ -227,7 +227,7 @@ def prune(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
-        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+        finetune: then train by gradients towards the original's outputs on ``data``: steps (500), time (``"3m"``), or
             True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
             :class:`onnxprune.passes.Finetune`. None: with 512 samples or more as long as ``effort`` allows; False: no
             training.
@@ -563,7 +563,7 @@ def recover(
         plan: the plan that was saved with the pruned model, or its file.
         data: inputs without labels, as for :func:`prune`; None only with ``datafree``.
         recover: mode of the recovery: ``full`` (default), ``lstsq``, ``bn``, ``bias`` or ``datafree``.
-        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+        finetune: then train by gradients towards the original's outputs on ``data``: steps (500), time (``"3m"``), or
             True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
@@ -800,7 +800,7 @@ def factorize(
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Every eighth batch is a hold-out for
             the reported fidelity.
-        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+        finetune: then train by gradients towards the original's outputs on ``data``: steps (500), time (``"3m"``), or
             True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
             :class:`onnxprune.passes.Finetune`. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of
@@ -942,7 +942,7 @@ def sparsify(
         recover: mode of the closed-form recovery from ``data``: ``full``, ``lstsq``, ``bn``, ``bias`` or ``none``, see
             :class:`onnxprune.passes.Recover`; or ``datafree``, from synthetic inputs: weaker, with data only used for
             comparison. None: ``full`` with data and ``validate``, else ``none``. Zeros stay 0.
-        finetune: then train by gradients to answer as the original does on ``data``: steps (500), time (``"3m"``), or
+        finetune: then train by gradients towards the original's outputs on ``data``: steps (500), time (``"3m"``), or
             True for 1,000 steps or 3 minutes, whichever ends first; kept only where it is better on the hold-out, see
             :class:`onnxprune.passes.Finetune`. Zeros stay 0. None: no training.
         labels: labels of the samples in the order of ``data``, classes or values, or their .npy or .npz file: half of

@@ -1412,6 +1412,7 @@ SETTINGS: tuple[Setting, ...] = (
             "sensitivity": CHECKS,
             "sweep": CHECKS,
         },
+        variants={"compare": {"brief": "Measure your own metric, such as mAP, too."}},
     ),
     Setting(
         "sensitivity",
@@ -1690,7 +1691,10 @@ SETTINGS: tuple[Setting, ...] = (
                 "help": _inputs("score weights by the activations that they multiply, and recover afterwards.")
             },
             "recover": {"help": _inputs("for recovery and for measurements.")},
-            "compare": {"help": _inputs("for measurements (default: seeded synthetic data).")},
+            "compare": {
+                "help": _inputs("for measurements (default: seeded synthetic data)."),
+                "brief": "Inputs to compare on: .npz, .npy, images.",
+            },
             "profile": {"help": _inputs("one sample is run (default: seeded synthetic data).")},
             "sensitivity": {"help": _MEASURED_ON},
             "sweep": {"help": _MEASURED_ON},

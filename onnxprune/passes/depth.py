@@ -50,7 +50,7 @@ class Depth(Pass):
     Args:
         amount: number of branches from 1, or the share of all branches, 0 < share < 1.
         plan: a plan or its file, whose branches are removed instead of choosing.
-        keep_cache: leave inputs and outputs for the caches of removed branches, each output being the input.
+        keep_cache: keep inputs and outputs of the caches of removed branches, each output then equal to its input.
         include: globs; only branches with a node or weight of such a name may go. Empty: all.
         exclude: globs; no branch with a node or weight of such a name goes. Empty: none is excluded.
         check: prove that the removal is exact.
