@@ -1861,7 +1861,6 @@ SETTINGS: tuple[Setting, ...] = (
         dict.fromkeys(("prune", "factorize", "sparsify", "recover"), RECOVER),
         "no",
         bare="yes",
-        brief="Train one block after the other.",
     ),
     Setting(
         "pattern_lock",
