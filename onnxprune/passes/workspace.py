@@ -25,8 +25,8 @@ from onnxprune.runtime import inputs, sessions
 
 # From this size on, the original and the result are never in memory together.
 _LARGE = 1 << 30
-# From this size on, runs hold weights once, mapped from a file; up to the other, models need no file at all.
-_HEAVY, _LIGHT = 256 << 20, 32 << 20
+# Up to this size, models need no file at all.
+_LIGHT = 32 << 20
 _MAPPED_FROM = 1024
 
 
@@ -71,7 +71,7 @@ class Workspace:
     @property
     def heavy(self) -> bool:
         """Whether memory has room for one copy of the weights only."""
-        return self.loaded.size > _HEAVY
+        return self.loaded.size > sessions.HEAVY
 
     @property
     def drawing(self) -> list[str]:

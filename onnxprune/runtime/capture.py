@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto
 
 from onnxprune import __version__
@@ -26,7 +27,7 @@ from onnxprune.io.subgraphs import Inner, expose_tensors
 from onnxprune.io.weights import Weight
 from onnxprune.io.write import save
 from onnxprune.runtime.masks import Padding
-from onnxprune.runtime.sessions import Array, Feed, cores, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, cores, frugal, is_heavy, open_session, run
 
 
 def expose_requested(
@@ -273,6 +274,14 @@ def capture(
     return samples
 
 
+def _opened(proto: onnx.ModelProto, weights: Mapping[str, Weight], path: Path) -> ort.InferenceSession:
+    """Open a model as a file; heavy weights are mapped from a second file, so that they are in memory once."""
+    heavy = is_heavy(weights)
+    save(proto, weights, path, prefer_external=heavy)
+    with frugal(heavy):
+        return open_session(path)
+
+
 @dataclass(frozen=True, slots=True)
 class PassProgress:
     """Progress of one pass of several."""
@@ -318,8 +327,7 @@ def _one_pass(
     tensors, conditions = (r.tensor for r in requests), {name for r in requests for name, _ in r.where}
     path = folder / "capture.onnx"
     proto, outputs, stacked = expose_requested(model[0], tensors, conditions, types)
-    save(with_outputs(proto, [*outputs.values()]), model[1], path)
-    session = open_session(path)
+    session = _opened(with_outputs(proto, [*outputs.values()]), model[1], path)
     states = {r.name: r.statistic for r in requests}
     checkpoint = None if checkpoint is None else checkpoint.at(batch_size)
     skip, samples = checkpoint.load(states) if checkpoint is not None else (0, 0)
@@ -482,8 +490,7 @@ def branch_assignments(graph: Graph, weights: Mapping[str, Weight], feeds: Seque
         outputs = {n: exposed[n].output if n in exposed else n for n in computed}
         with workspace() as folder:
             path = folder / "ways.onnx"
-            save(with_outputs(proto, [*outputs.values()]), weights, path)
-            session = open_session(path)
+            session = _opened(with_outputs(proto, [*outputs.values()]), weights, path)
             for assignment, feed in zip(assignments, feeds, strict=True):
                 values = run(session, feed)
                 assignment.update(_of_one((n, values[o]) for n, o in outputs.items()))

@@ -19,9 +19,9 @@ from onnxprune.graph.view import Graph, Node, reads
 from onnxprune.io import markers
 from onnxprune.io.subgraphs import ExposedTensor, Inner, expose_tensors, outline_bodies
 from onnxprune.io.weights import Weight
-from onnxprune.io.write import assemble
+from onnxprune.io.write import assemble, save
 from onnxprune.runtime.capture import BranchAssignment, runs_node
-from onnxprune.runtime.sessions import Array, Feed, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, frugal, is_heavy, open_session, run
 
 
 class Store:
@@ -33,7 +33,7 @@ class Store:
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
-        self._limit, self._folder, self._held_bytes = limit, folder, 0
+        self._limit, self.folder, self._held_bytes = limit, folder, 0
         self._values: dict[str, dict[int, Array | _File | Callable[[], Array]]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -43,7 +43,7 @@ class Store:
         """Add the value of ``name`` for a batch."""
         stored: Array | _File = value
         if self._held_bytes + value.nbytes > self._limit and value.nbytes > 1 << 16 and value.dtype != object:
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 np.ascontiguousarray(value).tofile(file)
             stored = _File(Path(file.name), value.dtype, value.shape)
         else:
@@ -203,7 +203,19 @@ class Segments:
             return None
         values = {n: self._store.get(n, batch) for n in inputs}
         weights = {n: w for n, w in self._weights.items() if self._is_known(n)}
-        return _Part(open_session(part_model(graph, weights, nodes, values, kept_outputs)), inputs, kept_outputs)
+        names = {n for node in nodes for n in reads(node)}
+        if is_heavy({n: w for n, w in weights.items() if n in names}):
+            session = self._mapped(*part_skeleton(graph, weights, nodes, values, kept_outputs))
+        else:
+            session = open_session(part_model(graph, weights, nodes, values, kept_outputs))
+        return _Part(session, inputs, kept_outputs)
+
+    def _mapped(self, skeleton: onnx.ModelProto, weights: Mapping[str, Weight]) -> ort.InferenceSession:
+        """Open a part with its weights mapped from a file: as bytes of a model they would be in memory three times."""
+        with tempfile.TemporaryDirectory(dir=self._store.folder, ignore_cleanup_errors=True) as folder, frugal():
+            path = Path(folder) / "part.onnx"
+            save(skeleton, weights, path, external=True)
+            return open_session(path)
 
     def _keep(self, name: str, value: Array, batch: int) -> None:
         output, stacked = self._shown.get(name, (name, 0))
@@ -282,6 +294,17 @@ def part_model(
     outputs: Sequence[str],
 ) -> bytes:
     """Build a model of some nodes of a graph: ``inputs`` by name (types and ranks are taken from them), ``outputs``."""
+    return bytes(assemble(*part_skeleton(graph, weights, nodes, inputs, outputs)).SerializeToString())
+
+
+def part_skeleton(
+    graph: Graph,
+    weights: Mapping[str, Weight],
+    nodes: Sequence[Node],
+    inputs: Mapping[str, Array],
+    outputs: Sequence[str],
+) -> tuple[onnx.ModelProto, dict[str, Weight]]:
+    """Build the model of :func:`part_model` without its weights; returns it and them."""
     model = onnx.ModelProto()
     model.ir_version = max(graph.proto.ir_version, 4)
     model.opset_import.extend(o for o in graph.proto.opset_import if o.domain != markers.DOMAIN)
@@ -296,4 +319,4 @@ def part_model(
     part_weights = {n: w for n, w in weights.items() if n in names}
     for name, weight in part_weights.items():
         model.graph.initializer.append(onnx.TensorProto(name=name, data_type=weight.onnx_type, dims=weight.shape))
-    return bytes(assemble(model, part_weights).SerializeToString())
+    return model, part_weights

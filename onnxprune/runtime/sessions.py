@@ -25,6 +25,7 @@ from onnxprune.errors import ModelError, UsageError, argument
 from onnxprune.graph.probes import InputSpec
 from onnxprune.graph.resized import Resized, fitted, read
 from onnxprune.io.files import is_working_file, workspace
+from onnxprune.io.weights import Weight
 
 
 def eps(dtype: np.dtype[Any]) -> float:
@@ -132,6 +133,15 @@ _CUT_ANYWAY = f"Use {argument('validate', False)} to cut it all the same, with a
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CANNOT_RUN = "onnxruntime cannot run the model"
 """Begins the message of every run that failed."""
+
+HEAVY = 256 << 20
+"""Bytes of weights from which on runs hold them once, mapped from a file."""
+
+
+def is_heavy(weights: Mapping[str, Weight]) -> bool:
+    """Return whether memory has room for one copy of the weights only."""
+    return sum(weight.nbytes for weight in weights.values()) > HEAVY
+
 
 _frugal = ContextVar("frugal", default=False)
 

@@ -20,6 +20,7 @@ from onnxprune.importance.slots import CapturedMaps
 from onnxprune.passes.calibrate import captured_maps
 from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime import capture as module
+from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import Checkpoint, Request, capture, count, to_maps
 from onnxprune.runtime.data import open_data
 
@@ -185,6 +186,19 @@ def test_data_without_samples_are_an_error() -> None:
     request = Request("m", "x", to_maps((1,)), statistics.get("moments")())
     with pytest.raises(UsageError, match="no samples"):
         capture((model, {}), [request], Nothing(), sizes={})
+
+
+def test_heavy_weights_are_mapped_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, opened = taken(Stream(6)), list[tuple[int, bool]]()
+
+    def spied(path: Path, **settings: Any) -> Any:
+        opened.append((path.with_name(f"{path.name}.data").stat().st_size, sessions._frugal.get()))
+        return sessions.open_session(path, **settings)
+
+    monkeypatch.setattr(sessions, "HEAVY", 600)
+    monkeypatch.setattr(module, "open_session", spied)
+    assert same(taken(Stream(6)), expected, exact=False)
+    assert opened and all(size >= 600 and is_frugal for size, is_frugal in opened)
 
 
 def test_samples_are_counted_by_the_size_that_most_inputs_share() -> None:

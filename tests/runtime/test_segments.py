@@ -19,6 +19,7 @@ from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
 from onnxprune.passes.finetune import _Samples
 from onnxprune.runtime import segments as module
+from onnxprune.runtime import sessions
 from onnxprune.runtime.data import StoredFeeds
 from onnxprune.runtime.segments import Segments, Store
 
@@ -163,6 +164,23 @@ def test_inputs_in_a_file_are_in_memory_one_call_at_a_time(tmp_path: Path) -> No
     order = np.random.default_rng([0, 0]).permutation(len(rows))[:48]
     assert np.array_equal(np.concatenate([feed["x"] for feed in drawn]), rows[order])
     assert len(stored[1:3]) == 2 and np.array_equal(stored.part([5, 7])[1]["x"], stored[7]["x"])
+
+
+def test_heavy_weights_are_mapped_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy of them as bytes of a model, none of a kernel's own."""
+    model, (a, b, c, d) = residual()
+    feeds, opened = draw(2, 3, 3, 8, 8), []
+
+    def spied(source: Any, **settings: Any) -> Any:
+        if isinstance(source, Path):
+            opened.append((source.with_name(f"{source.name}.data").stat().st_size, sessions._frugal.get()))
+        return sessions.open_session(source, **settings)
+
+    monkeypatch.setattr(sessions, "HEAVY", 600)
+    monkeypatch.setattr(module, "open_session", spied)
+    monkeypatch.setattr("onnxprune.io.write._EXTERNAL_FROM", 1)
+    check(model, [[a], [b], [c], [d]], feeds, tmp_path)
+    assert len(opened) == 3 and all(size >= 600 and is_frugal for size, is_frugal in opened)
 
 
 def test_weights_are_read_anew_for_every_piece(tmp_path: Path) -> None:
