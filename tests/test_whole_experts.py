@@ -248,6 +248,37 @@ def test_switch_routers(one_hot: bool) -> None:
     assert sizes(result.model)["router"] == (D, E - 2) and not np.allclose(expected, outputs(model, X), atol=1e-3)
 
 
+def grouped() -> onnx.ModelProto:
+    """Two of the experts in the best two of four groups, by scores with a correction; shares are without it."""
+    net = Net(18)
+    x = net.op("Tanh", net.op("MatMul", net.input("x", ["N", D]), net.weight(D, D, scale=1.0, name="before")))
+    shares = net.op("Sigmoid", net.op("MatMul", x, net.weight(D, 8, scale=1.0, name="router")))
+    scores = net.op("Add", shares, net.weight(8, scale=0.1, name="correction"))
+    by_group = net.op("Reshape", scores, net.const(np.array([-1, 4, 2])))
+    best = net.reduce("ReduceMax", by_group, [-1], 0)
+    _, groups = net.op("TopK", best, net.const(np.array([2])), n=2, axis=-1)
+    hot = net.op("OneHot", groups, net.const(np.array(4)), net.const(np.array([0, 1], np.float32)), axis=-1)
+    inside = net.unsqueeze(net.reduce("ReduceSum", hot, [1], 0), [-1])
+    inside = net.op("Reshape", net.op("Expand", inside, net.const(np.array([1, 4, 2]))), net.const(np.array([-1, 8])))
+    limited = net.op("Where", net.op("Cast", inside, to=9), scores, net.const(np.array(-9, np.float32), np.float32))
+    _, ids = net.op("TopK", limited, net.const(np.array([K])), n=2, axis=-1)
+    values = net.op("GatherElements", shares, ids, axis=1)
+    y = net.op("Mul", x, net.const(np.array(0, np.float32), np.float32))
+    for e in range(8):
+        mask = net.op("Cast", net.op("Equal", ids, net.const(np.array(e))), to=1)
+        share = net.reduce("ReduceSum", net.op("Mul", values, mask), [-1])
+        y = net.op("Add", y, net.op("Mul", expert(net, x, e), share))
+    return end(net, y)
+
+
+def test_experts_of_groups_are_never_chosen_and_go() -> None:
+    result = op.prune(grouped(), experts=2, data={"x": X}, recover="none", latency=False)
+    facts = next(f for f in result.report.experts if f.experts == 8)
+    assert len(facts.removed) == 2 and result.report.exactness.passed
+    names = set(sizes(result.model))
+    assert all((f"up{e}" in names) == (e not in facts.removed) for e in range(8)) and "router" in names
+
+
 def plain() -> onnx.ModelProto:
     net = Net(18)
     scores = net.op("MatMul", net.input("x", ["N", D]), net.weight(D, E))

@@ -187,6 +187,9 @@ def _find_terms(graph: Graph, facts: Facts, mixture: Mixture) -> None:
     hot: dict[str, int] = {}
     bits: dict[str, int] = {}
     at = graph.producer[mixture.choice].index
+    # Shares picked by the numbers belong to no single expert, like the values of the choice.
+    sources = _sources(graph, mixture.scores)
+    picks = {r.output for r in mixture.readers if r.name in sources}
     terms: list[tuple[Node, str, int]] = []
     for node in graph.nodes[at + 1 :]:
         if node.domain == markers.DOMAIN or not node.outputs:
@@ -197,6 +200,7 @@ def _find_terms(graph: Graph, facts: Facts, mixture: Mixture) -> None:
             for name in node.inputs:
                 mask |= bits.get(name, 0)
             reads = any(name in holds or name in hot for name in node.inputs) and node.outputs[0] not in holds
+            reads = reads and node.outputs[0] not in picks
             mask |= all_experts if reads and not _stays_hot(facts, node, hot, holds) else 0
         bits.update(dict.fromkeys(filter(None, node.outputs), mask))
         terms += _terms_of(node, bits, mask)
@@ -208,6 +212,17 @@ def _find_terms(graph: Graph, facts: Facts, mixture: Mixture) -> None:
             mixture.weights.setdefault(experts.bit_length() - 1, []).extend(names)
             if cost.is_layer(node, graph):
                 mixture.layers.append(node.label)
+
+
+def _sources(graph: Graph, name: str) -> set[str]:
+    """Return a tensor and all that it is computed from, weights aside."""
+    result, queue = {name}, [name]
+    while queue:
+        node = graph.producer.get(queue.pop())
+        new = {n for n in node.inputs if n and n not in graph.weights} - result if node is not None else set()
+        result |= new
+        queue += new
+    return result
 
 
 def _terms_of(node: Node, bits: Mapping[str, int], mask: int) -> list[tuple[Node, str, int]]:
