@@ -117,7 +117,7 @@ def test_an_interrupt_keeps_the_best_and_a_repeated_run_goes_on(tmp_path: Path) 
         ({"ratio": None, "strength": -1.0}, "strength: -1.0 is not allowed"),
         ({"threshold": 2}, "threshold: 2 is not allowed"),
         ({"finetune": "none"}, "leaves nothing to train"),
-        ({"data": None}, "learns from inputs, but data is not given"),
+        ({"data": None}, "training needs inputs, but data is not given"),
         ({"data": {"x": DATA["x"][:40]}}, "needs 64 samples or more, and there are 40"),
         ({"data": {"x": np.ones((96, 3, 8, 8), np.float32)}}, "are the same"),
         ({"labels": np.zeros(10, np.int64)}, "10 labels for 96 samples"),
