@@ -543,8 +543,14 @@ def _check_zeros(zeros: Mapping[str, int], parts: ModelParts) -> None:
 
 def _nothing(model: Model) -> BudgetError:
     """Return the error of a model without a weight to quantize."""
-    kinds = sorted({str(w.dtype) for w in model.weights.values() if len(w.shape) > 1})
+    matrices = [w for w in model.weights.values() if len(w.shape) > 1]
+    floats = [int(np.prod(w.shape)) for w in matrices if w.dtype == np.float32]
+    why = f"its matrices hold {', '.join(sorted({str(w.dtype) for w in matrices})) or 'nothing'}"
+    if floats and max(floats) < _SMALL:
+        why = (
+            f"the largest matrix in float32 has {max(floats)} values, and below {_SMALL} codes with scales save nothing"
+        )
     return BudgetError(
-        f"No weight of this model can be quantized: its matrices hold {', '.join(kinds) or 'nothing'}.",
+        f"No weight of this model can be quantized: {why}.",
         hint="Weights in float32 of convolutions, products and lookups can be.",
     )

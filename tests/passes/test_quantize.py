@@ -145,6 +145,12 @@ def test_rounding_makes_up_for_what_it_changes() -> None:
     assert np.square(x @ (codes * scale - w)).sum() < 0.7 * np.square(x @ (nearest * scale - w)).sum()
 
 
+def few_weights() -> onnx.ModelProto:
+    net = Net(17)
+    y = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 16, bias=False))
+    return net.model(net.conv(y, 16, 2, 1, bias=False))
+
+
 @pytest.mark.parametrize(
     ("model", "mode", "error", "text"),
     [
@@ -152,6 +158,7 @@ def test_rounding_makes_up_for_what_it_changes() -> None:
         (network(), "static", UsageError, "unknown value 'static'"),
         (network(10), "dynamic", ModelError, "needs opset 11 or newer, and the model has opset 10"),
         (network(dtype=np.float16), "dynamic", BudgetError, "its matrices hold float16"),
+        (few_weights(), "dynamic", BudgetError, "the largest matrix in float32 has 324 values, and below 512 codes"),
     ],
 )
 def test_what_cannot_be_quantized_is_an_error_of_its_own(model: Any, mode: str, error: Any, text: str) -> None:
