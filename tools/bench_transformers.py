@@ -2,7 +2,7 @@
 
 python tools/bench_transformers.py FOLDER                        every *.onnx there, in every form
 python tools/bench_transformers.py FOLDER --models 'genai*' --forms own,nbits --cache-heads
-python tools/bench_transformers.py --memory 1.5GB                a decoder of random weights, pruned and proved
+python tools/bench_transformers.py --memory 1.5GB                a decoder of random weights, pruned, proved, repaired
 
 Forms are made with onnxruntime's own quantizers. Shares are of the elements of all constants (a byte of packed codes is
 one element). The table is Markdown; weights are random, so it says nothing about accuracy.
@@ -191,21 +191,25 @@ def decoder(path: Path, size: float, width: int = 2048) -> None:
 
 
 def memory(size: float) -> None:
-    """Prune and prove a large decoder in a process of its own, and print its largest resident set."""
+    """Prune and prove a large decoder, then repair it as well, each in a process of its own; print the largest sets."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "decoder.onnx"
         decoder(path, size)
         weights = path.with_suffix(".data").stat().st_size
-        arguments = ["--ratio", "0.3", "-o", str(path.with_name("pruned.onnx"))]
-        start = time.perf_counter()
-        with subprocess.Popen(
-            [sys.executable, "-m", "onnxprune", str(path), *arguments], stdout=subprocess.DEVNULL
-        ) as run:
-            _, status, usage = os.wait4(run.pid, 0)
-            run.returncode = os.waitstatus_to_exitcode(status)
-    share, seconds = usage.ru_maxrss * 1024 / weights, time.perf_counter() - start
-    print("| weights | exit code | peak of memory / weights | seconds |\n|--:|--:|--:|--:|")
-    print(f"| {weights / 1e9:.2f} GB | {run.returncode} | {share:.2f} | {seconds:.0f} |")
+        data = path.with_name("sequences.npy")
+        np.save(data, np.random.default_rng(1).standard_normal((8, 128, 2048), np.float32))
+        print("| weights | run | exit code | peak of memory / weights | seconds |\n|--:|---|--:|--:|--:|")
+        runs = {"pruned and proved": [], "repaired from 8 sequences, too": ["--data", str(data)]}
+        for what, options in runs.items():
+            arguments = ["--ratio", "0.3", "-o", str(path.with_name("pruned.onnx")), *options]
+            start = time.perf_counter()
+            with subprocess.Popen(
+                [sys.executable, "-m", "onnxprune", str(path), *arguments], stdout=subprocess.DEVNULL
+            ) as run:
+                _, status, usage = os.wait4(run.pid, 0)
+                run.returncode = os.waitstatus_to_exitcode(status)
+            share, seconds = usage.ru_maxrss * 1024 / weights, time.perf_counter() - start
+            print(f"| {weights / 1e9:.2f} GB | {what} | {run.returncode} | {share:.2f} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def test_large_models_are_held_once(outside: bool, monkeypatch: pytest.MonkeyPat
 
     refers()
     monkeypatch.setattr(ort, "InferenceSession", spy)
-    monkeypatch.setattr(workspace, "_HEAVY", 0)
+    monkeypatch.setattr("onnxprune.runtime.sessions.HEAVY", 0)
     monkeypatch.setattr(workspace, "_LIGHT", 0 if not refers() else 2048)
     assert op.prune(path, ratio=0.5, latency=False).report.exactness.passed
     assert seen and set(seen) == {(False, "1")}
@@ -73,7 +73,7 @@ def test_large_models_are_held_once(outside: bool, monkeypatch: pytest.MonkeyPat
         assert (str(tmp_path) in folders) is outside and any(folders)
     assert {f.name: (f.stat().st_mtime_ns, f.stat().st_size) for f in tmp_path.iterdir()} == before
     seen.clear()
-    monkeypatch.setattr(workspace, "_HEAVY", 1 << 30)
+    monkeypatch.setattr("onnxprune.runtime.sessions.HEAVY", 1 << 30)
     monkeypatch.setattr(workspace, "_LIGHT", 0)
     assert op.prune(path, ratio=0.5).report.exactness.passed
     assert {arena for arena, _ in seen} == {True}
