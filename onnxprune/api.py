@@ -54,6 +54,7 @@ from onnxprune.search.comparison import MeasureMetric, check_gates, compare_mode
 from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.search.latency import LatencyProfile, describe_times, latency_table, rewritable_sizes
 from onnxprune.search.problem import tolerance
+from onnxprune.search.scope import PruneByTrial
 from onnxprune.search.sensitivity import SHARES, measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.sweep import sweep as run_sweep
@@ -284,7 +285,8 @@ def prune(
         first = Budget(spec, criterion, recover=mode, why=reason, shorter=depth == "auto", **common)
     else:
         share = default("ratio") if ratio is None else ratio
-        first = Prune(criterion, share, plan=plan, **common)
+        judges = criterion is None and plan is None and validate and mode_and_reason == ("full", "data was given")
+        first = (PruneByTrial if judges else Prune)(criterion, share, plan=plan, **common)
     which = {"include": include, "exclude": exclude, "keep_cache": keep_cache}
     tuned = _finetuning(finetune, labels, augment, blocks)
     if isinstance(first, Prune) and plan is None:

@@ -88,6 +88,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     monkeypatch.setattr("onnxprune.prune", fake.prune, raising=False)
     monkeypatch.setattr("onnxprune.analyze", fake.analyze, raising=False)
     monkeypatch.setattr("onnxprune.passes.sparsity.measure_sparsity", lambda analysis: [])
+    monkeypatch.setattr("onnxprune.passes.depth.residual_branches", lambda analysis: [])
     return fake
 
 
