@@ -152,6 +152,7 @@ class Budget(Pass, Options):
             if depth.model is not model:
                 search = search.of(depth.model.analysis, depth.model.plan.branches)
         completed = self._completed(context, prune, self._result(search), before)
+        completed.model.plan.experts = model.plan.experts
         budget = next(fact for fact in completed.facts if isinstance(fact, BudgetFacts))
         budget.answers = [*depth.answers, *budget.answers]
         return replace(completed, facts=[*depth.facts, *completed.facts])
