@@ -287,6 +287,7 @@ _STEPS = 2
 _POOLED_BLOCK = 128 << 20
 # Largest number of rows per sample at which all rows are used.
 _MAX_ROWS = 1024
+_MAX_BYTES = 1 << 28  # of data; not a limit of the user's, so that little memory gives the same weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +355,7 @@ class _AllRows:
             return
         blocks: list[_Means] | None = []
         size = 0
-        for rows, samples in self._problem.every_row(self._held_out, _MAX_ROWS, self._problem.memory):
+        for rows, samples in self._problem.every_row(self._held_out, _MAX_ROWS, _MAX_BYTES):
             means = _Means(rows, rows.data.shape[1] // samples)
             yield means
             size += rows.nbytes

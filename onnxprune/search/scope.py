@@ -27,16 +27,28 @@ class PruneByTrial(Prune):
         result = super().__call__(context, model)
         if not self._is_open(context) or result.model.plan.criterion != WITH_DATA:
             return result
-        with context.stage("scopes"):
-            competing = self._quality(context, result.model)
-            if not competing.points < FAITHFUL:
-                return result
-            context.tell("scopes", 0.5)
-            try:
-                even = replace(self, criterion=WITH_DATA, scope="local")(context, model)
-                alone = self._quality(context, even.model)
-            except BudgetError:
-                return result
+        ended = context.stages.until_interrupted(lambda: "one scope of the ranking was tried")
+        with context.stage("scopes"), ended:
+            return self._better(context, model, result)
+        return result
+
+    def _better(self, context: Context, model: Model, result: PassResult) -> PassResult:
+        """Return the result, or that of every group alone where it loses less.
+
+        Args:
+            context: the run.
+            model: the model before.
+            result: of competition between groups.
+        """
+        competing = self._quality(context, result.model)
+        if not competing.points < FAITHFUL:
+            return result
+        context.tell("scopes", 0.5)
+        try:
+            even = replace(self, criterion=WITH_DATA, scope="local")(context, model)
+            alone = self._quality(context, even.model)
+        except BudgetError:
+            return result
         if alone.points <= competing.points + _standard_error(competing):
             return result
         note = (

@@ -97,13 +97,22 @@ def test_a_second_interrupt_ends_the_run(folder: Path) -> None:
 
 
 def test_a_recovery_keeps_the_layers_it_has_fitted(folder: Path) -> None:
-    args = ("m.onnx", "-o", "small.onnx", "--ratio", "0.5", "--round-to", "1")
+    args = ("m.onnx", "-o", "small.onnx", "--ratio", "0.5", "--round-to", "1", "--scope", "global")
     code, report, err = interrupt(folder, [(LEVEL, 4)], *args)
     assert code == 0, err
     assert report["interrupted"] == "the recovery ended after 3 of 4 layers"
     (late,) = [r for r in report["repairs"] if r["how"].startswith("left")]
     assert late["how"] == "left: the recovery was interrupted before it came to it"
     assert any(r["how"] not in ("kept", late["how"]) for r in report["repairs"])
+
+
+def test_a_scope_that_was_not_tried_leaves_the_other(folder: Path) -> None:
+    code, report, err = interrupt(
+        folder, [(LEVEL, 2)], "m.onnx", "-o", "small.onnx", "--ratio", "0.5", "--round-to", "1"
+    )
+    assert code == 0, err
+    assert report["interrupted"] == "one scope of the ranking was tried" and report["settings"]["scope"] == "global"
+    assert not any(r["how"].startswith("left") for r in report["repairs"])
 
 
 def test_a_sweep_keeps_the_models_it_has(folder: Path) -> None:

@@ -233,7 +233,7 @@ def test_plans_replay_to_the_byte(tmp_path: Path) -> None:
     assert again.model.SerializeToString() == first.model.SerializeToString()
     data = json.loads((tmp_path / "plan.json").read_text())
     entry = data["factorized"][0]
-    assert set(entry) == {"layer", "method", "ranks", "error"} and 0 < entry["error"] < 1
+    assert set(entry) == {"layer", "method", "ranks", "error", "numbers"} and 0 < entry["error"] < 1
 
 
 @pytest.mark.parametrize(

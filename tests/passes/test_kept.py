@@ -38,9 +38,9 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     fitted = module._fitted
 
-    def spy(layer: Any, *rest: Any) -> Any:
+    def spy(layer: Any, *rest: Any, **named: Any) -> Any:
         names.append(layer.node.label)
-        return fitted(layer, *rest)
+        return fitted(layer, *rest, **named)
 
     monkeypatch.setattr(module, "_fitted", spy)
     return names
@@ -55,7 +55,7 @@ def stop_at(share: float) -> Callable[[str, float], None]:
 
 
 def pruned(folder: Path | None, **settings: Any) -> bytes:
-    found = op.prune(network(), ratio=0.5, **({"data": data()} | settings), cache=folder)
+    found = op.prune(network(), ratio=0.5, scope="global", **({"data": data()} | settings), cache=folder)
     return bytes(found.model.SerializeToString(deterministic=True))
 
 
@@ -84,7 +84,7 @@ def test_only_the_same_repair_is_taken_from_the_folder(tmp_path: Path, fits: lis
     if how == "damaged":
         for path in tmp_path.glob("repair-*/*.npz"):
             path.write_bytes(path.read_bytes()[:100])
-    settings = {"ratio": 0.5, "data": data()} | changes.get(how, {})
+    settings = {"ratio": 0.5, "scope": "global", "data": data()} | changes.get(how, {})
     fits.clear()
     kept_result = op.prune(network(), **settings, cache=tmp_path)
     assert len(fits) == (0 if how == "again" else count)

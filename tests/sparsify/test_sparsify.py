@@ -325,7 +325,7 @@ def test_shared_and_packed_weights_are_left_out() -> None:
 
 def test_training_or_recovery_that_would_break_a_pattern() -> None:
     sparse = op.sparsify(plain(), pattern="2:4", **ALIVE).model
-    data: Any = {"data": samples(), "latency": False}
+    data: Any = {"data": samples(), "latency": False, "scope": "global"}
     with pytest.raises(op.UsageError, match=r"hold zeros \(2:4\), which finetune would fill"):
         op.prune(sparse, ratio=0.2, finetune=1, **data)
     with pytest.raises(op.UsageError, match="would fill"):
