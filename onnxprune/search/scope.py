@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from onnxprune.allocation.settings import AUTO
 from onnxprune.errors import BudgetError, Note
 from onnxprune.passes.calibration import TrialSplit
+from onnxprune.passes.finetune import standard_error
 from onnxprune.passes.prune import WITH_DATA, Prune
 from onnxprune.pipeline import Context, Model, PassResult
 from onnxprune.report.facts import FAITHFUL, Remark
@@ -49,7 +49,8 @@ class PruneByTrial(Prune):
             alone = self._quality(context, even.model)
         except BudgetError:
             return result
-        if alone.points <= competing.points + _standard_error(competing):
+        samples = 0 if competing.fidelity is None else competing.fidelity.samples
+        if alone.points <= competing.points + standard_error(100 - competing.points, samples):
             return result
         note = (
             f"the same share of every group keeps {alone.points:.1f} points of fidelity in a trial, units of all "
@@ -66,10 +67,3 @@ class PruneByTrial(Prune):
     def _quality(context: Context, pruned: Model) -> Quality:
         """Return the quality of a pruned model after a recovery from the samples of a trial."""
         return evaluate(context, pruned, mode="full", split=TrialSplit(context.effort.trial_samples)).quality
-
-
-def _standard_error(quality: Quality) -> float:
-    """Return the standard error of a model's points."""
-    share = min(max(quality.points / 100, 0.0), 1.0)
-    samples = quality.fidelity.samples if quality.fidelity is not None else 0
-    return 100 * math.sqrt(share * (1 - share) / samples) if samples else math.inf
