@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 import onnxprune as op
+from onnxprune.gradients.backward import training_graph
+from onnxprune.gradients.static import StaticGraph, static_graph
+from onnxprune.io.read import load
+from onnxprune.io.weights import ArrayWeight
+from onnxprune.passes.finetune import Teacher
 from onnxprune.runtime.masks import Padding
+from onnxprune.runtime.sessions import Feed
+from onnxprune.training.losses import Losses, deviation
+from onnxprune.training.parameters import Head
+from onnxprune.training.step import Parameters, Step
 
 WIDTH, CLASSES, LENGTH = 8, 5, 6
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
@@ -117,3 +126,71 @@ def test_parts_of_arrays_without_padding() -> None:
     assert long["flat"].ravel().tolist() == [0, 1, 6, 7] and long["pooled"].tolist() == [0, 2]
     assert long["unclear"].shape == (2, 3, 3, 2) and long["scalar"] == 1
     assert list(Padding({"mask": np.ones((3, 3))}).parts([values])) == [[values]]
+
+
+FITTED = {"scores": "logits", "values": "y", "logits": "certain", "rows": "flat"}
+"""Heads and what lies between blocks, as tensors with an axis of positions, or with samples and positions together."""
+
+
+def together() -> onnx.ModelProto:
+    """Return the layer with another output, of probabilities that stand alone, and with a tensor of joined rows."""
+    model = network()
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, WIDTH], np.int64), "joined"))
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["z", "joined"], ["flat"]))
+    model.graph.node.append(onnx.helper.make_node("Sigmoid", ["z"], ["certain"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("certain", 1, ["N", "S", WIDTH]))
+    return model
+
+
+def graph_of(feed: Feed, scale: float = 1.0) -> StaticGraph:
+    """Return the layer at the size of a call, with its weights times a number."""
+    loaded = load(together())
+    weights = {n: ArrayWeight(n, (w.read() * scale).astype(w.dtype)) for n, w in loaded.weights.items() if n in SCALED}
+    return static_graph(loaded.proto, {**loaded.weights, **weights}, feed)
+
+
+SCALED = ("up", "down", "head", "wq", "wk", "wv", "wo")
+
+
+def gradients_of(feed: Feed, kind: str) -> tuple[float, NDArray[np.float32]]:
+    """Return the loss of a call and its gradients, against a layer with smaller weights."""
+    student, original = graph_of(feed), graph_of(feed, 0.8)
+    tensor = FITTED[kind]
+    head = Head(tensor, "", {"scores": 2}.get(kind), {"logits": "z"}.get(kind, ""))
+    is_head = kind in ("scores", "logits")
+    teacher = Teacher(original, student, [head] if is_head else [], {} if is_head else {tensor: []}, feed)
+    name, counted = teacher.names[tensor], teacher.counted[tensor]
+    if is_head:
+        losses = Losses(student, {head: name}, {}, {}, teacher.counted)
+        training = training_graph(student, losses.emit, SCALED, inputs=teacher.inputs)
+    else:
+        training = training_graph(student, lambda t: deviation(t, tensor, name, counted), SCALED, inputs=teacher.inputs)
+    parameters = Parameters({n: student.constants[n] for n in SCALED if n in training.gradients})
+    step = Step(training, parameters, threads=1)
+    return step([{**feed, **teacher(feed)}]), step.gradient
+
+
+@pytest.mark.parametrize("kind", FITTED)
+def test_gradients_are_those_of_sequences_that_were_never_padded(kind: str) -> None:
+    feed = padded(30.0, 8)
+    feed["attention_mask"][:, :4], feed["attention_mask"][:, 4:] = 1, 0
+    short = {name: value[:, :4] for name, value in feed.items()}
+    (loss, gradient), (same_loss, same_gradient) = gradients_of(feed, kind), gradients_of(short, kind)
+    assert loss == pytest.approx(same_loss, rel=1e-5) and loss > 1e-3
+    np.testing.assert_allclose(gradient, same_gradient, rtol=1e-4, atol=1e-6 * float(np.abs(gradient).max()))
+    assert np.abs(gradient).max() > 1e-4
+
+
+@pytest.mark.parametrize(("blocks", "labelled"), [("no", False), ("no", True), ("yes", False)])
+def test_a_training_does_not_fit_padding(blocks: str, labelled: bool) -> None:
+    labels = np.random.default_rng(3).normal(size=(64, 5, CLASSES)).astype(np.float32) if labelled else None
+    settings = {"ratio": 0.5, "criterion": "l2", "recover": "none", "latency": False, "finetune": 6, "blocks": blocks}
+    facts = []
+    for noise in (0.0, 30.0):
+        data = {name: value[:, :5] for name, value in padded(noise, 64).items()}
+        facts.append(op.prune(network(), data=data, labels=labels, **settings).report.finetuning)
+    one, other = facts
+    assert one.steps == other.steps and not one.undone and bool(one.blocks) == (blocks == "yes")
+    assert one.losses == pytest.approx(other.losses, rel=1e-4)
+    assert np.allclose(one.curve, other.curve, rtol=1e-4)
+    assert one.by_labels == pytest.approx(other.by_labels, rel=1e-4)

@@ -238,14 +238,30 @@ def rows_per_sample(
     return -(-max(per_column * columns, min_rows) // (samples or 512))
 
 
-def pick(form: Form, data: Array, per_sample: int) -> Picked:
-    """Select ``per_sample`` rows per sample, deterministic per data; None where that is (nearly) all of them."""
+def pick(form: Form, data: Array, per_sample: int, counted: NDArray[np.bool_] | None = None) -> Picked:
+    """Select ``per_sample`` rows per sample, deterministic per data; None where that is (nearly) all of them.
+
+    Args:
+        form: the layer as a matrix product.
+        data: the data.
+        per_sample: number of rows per sample, padding included.
+        counted: which positions are no padding, [positions of all samples]; rows of the others are left out where
+            every position is a row. None: all count.
+    """
     total = form.count(data.shape)
-    num_rows = per_sample * len(data)
+    picked = _spread(data, total, per_sample * len(data))
+    if counted is None or form.axes != (data.ndim - 1,) or form.parts > 1 or counted.size != total:
+        return picked
+    rows = np.flatnonzero(counted) if picked is None else picked[counted[picked]]
+    return rows if rows.size else picked
+
+
+def _spread(data: Array, total: int, num_rows: int) -> Picked:
+    """Return rows spread over samples and positions; None where they are (nearly) all."""
     if num_rows * 4 >= total * 3:
         return None
     seed = zlib.crc32(np.ascontiguousarray(data.ravel()[:4096]).tobytes())
-    # One random row out of each of equally long runs: spread over samples and positions.
+    # One random row out of each of equally long runs.
     starts, lengths = _runs(total, num_rows)
     offsets = np.random.default_rng(seed).random(num_rows)
     return np.minimum((starts + offsets * lengths).astype(np.int64), total - 1)

@@ -31,6 +31,7 @@ from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import EFFORTS, Context, Model, ModelParts, Pass, PassResult
 from onnxprune.report.facts import Fact, Fidelity, Finetuning, Remark
 from onnxprune.runtime.capture import count, make_folder, read_arrays, write_arrays
+from onnxprune.runtime.masks import Padding
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.settings import checked, effort_of, named_arguments
 from onnxprune.training.augment import Augmentation
@@ -392,7 +393,7 @@ class Training:
     settings: Finetune
     samples: _Samples
     student: StaticGraph
-    teacher: Callable[[Feed], Feed]
+    teacher: Teacher
     parameters: Parameters
     step: Step
     frozen: Mapping[str, str]
@@ -446,7 +447,8 @@ class Training:
         by_parts = settings.loss is None and labels is None
         fitted = fitted_heads(student, weights, original, before, f"Drop {argument('finetune')}.", by_parts=by_parts)
         steps = _features(student, original, model, [h.tensor for h in fitted], settings.features)
-        teacher, names = _teacher(original, fitted, steps)
+        teacher = Teacher(original, student, fitted, steps, feed)
+        names = teacher.names
         known = {} if labels is None else _labelled(fitted, student, labels)
         user_loss = None if settings.loss is None else _OwnLoss(settings.loss, student, weights, fitted, names)
         losses = Losses(
@@ -454,10 +456,10 @@ class Training:
             {h: names[h.tensor] for h in fitted},
             {n: names[n] for n in steps},
             {} if user_loss is not None else {h: n for h, (n, _) in known.items()},
+            teacher.counted,
             user_gradients={} if user_loss is None else user_loss.gradient_names,
         )
-        inputs = {names[n]: (student.shapes[n], student.kinds[n]) for n in [*(h.tensor for h in fitted), *steps]}
-        inputs |= {name: (shape, np.dtype(np.float32)) for name, shape in known.values()}
+        inputs = {**teacher.inputs, **{name: (shape, np.dtype(np.float32)) for name, shape in known.values()}}
         inputs |= {name: ((), np.dtype(np.float32)) for name in (BALANCE, OFFSET)}
         inputs |= {} if user_loss is None else user_loss.inputs
         graph = training_graph(student, losses.loss, weights, inputs=inputs)
@@ -492,7 +494,7 @@ class Training:
         self.by_labels = [x.by_labels for x in (start, end) if x is not None and x.by_labels is not None]
         return course
 
-    def draw(self, number: int, teacher: Callable[[Feed], Feed] | None = None) -> list[Feed]:
+    def draw(self, number: int, teacher: Teacher | None = None) -> list[Feed]:
         """Return the calls of a step, with what a teacher answers; None: that of the whole model."""
         calls = []
         for k in range(self.calls):
@@ -502,7 +504,7 @@ class Training:
             calls.append(self.call(feed, labels, teacher or self.teacher))
         return calls
 
-    def call(self, feed: Feed, labels: Array | None, teacher: Callable[[Feed], Feed]) -> Feed:
+    def call(self, feed: Feed, labels: Array | None, teacher: Teacher) -> Feed:
         """Return one call with everything that the loss reads."""
         batch = {} if labels is None else {name: as_targets(labels, shape) for name, shape in self.labels.values()}
         feed = {**feed, **teacher(feed)}
@@ -692,14 +694,12 @@ class Reconstruction:
         training: the training of the whole model.
         blocks: the blocks, in order.
         teacher: the original, from inputs to what blocks and outputs are compared with.
-        names: the name of each tensor there.
         fitted: the outputs.
     """
 
     training: Training
     blocks: Sequence[Block]
-    teacher: Callable[[Feed], Feed]
-    names: Mapping[str, str]
+    teacher: Teacher
     fitted: Sequence[Head]
 
     @classmethod
@@ -715,7 +715,8 @@ class Reconstruction:
         blocks = blocks_of(student, targets, training.parameters.spans)
         if len(blocks) < 2:
             return None
-        return cls(training, blocks, *_teacher(original, fitted, targets), fitted)
+        teacher = Teacher(original, student, fitted, targets, training.samples.draw(0)[0])
+        return cls(training, blocks, teacher, fitted)
 
     def run(self, effort: Effort) -> Course:
         """Train every block for the same share of an effort, and leave the best weights behind any of them."""
@@ -776,16 +777,17 @@ class Reconstruction:
 
     def _loss(self, block: Block, tape: Tape) -> str:
         """Emit the error of what a block makes; of the head, the loss of the outputs."""
+        names, counted = self.teacher.names, self.teacher.counted
         if block.target:
-            return deviation(tape, block.target, self.names[block.target])
+            return deviation(tape, block.target, names[block.target], counted.get(block.target, ""))
         labels = {head: name for head, (name, _) in self.training.labels.items()}
-        return Losses(self.training.student, {h: self.names[h.tensor] for h in self.fitted}, {}, labels).emit(tape)
+        heads = {h: names[h.tensor] for h in self.fitted}
+        return Losses(self.training.student, heads, {}, labels, counted).emit(tape)
 
     def _inputs(self) -> Mapping[str, tuple[Sequence[int], Any]]:
         """Return the inputs that losses read: shape and type by name."""
-        student = self.training.student
         labels = {name: (shape, np.dtype(np.float32)) for name, shape in self.training.labels.values()}
-        return {shown: (student.shapes[n], student.kinds[n]) for n, shown in self.names.items()} | labels
+        return {**self.teacher.inputs, **labels}
 
 
 def _untrainable(reasons: Mapping[str, str]) -> ModelError:
@@ -917,26 +919,66 @@ def _features(
     return {name: result[name] for name in names} if number else {}
 
 
-def _teacher(
-    original: StaticGraph, fitted: Sequence[Head], steps: Mapping[str, list[tuple[int, Array]]]
-) -> tuple[Callable[[Feed], Feed], dict[str, str]]:
-    """Return the original as a function from inputs to what a step compares with, and the name of each tensor there."""
-    tape = Tape(original.shapes, original.kinds, "teacher")
-    names = {}
-    sources = {head.tensor: value_to_fit(tape, original, head) for head in fitted} | {name: name for name in steps}
-    for name, value in sources.items():
-        for axis, index in steps.get(name, ()):
-            shape = list(tape.shape(value))
-            shape[axis] = index.size
-            value = tape.emit("Gather", [value, tape.constant(index.astype(np.int64))], shape, axis=axis)
-        names[name] = tape.emit("Identity", [value], tape.shape(value))
-    session = open_session(inference_graph(original, tape, list(names.values())).SerializeToString())
-    inputs = {i.name for i in session.get_inputs()}
+class Teacher:
+    """The original: from the inputs of a call to everything that a step compares with.
 
-    def answers(feed: Feed) -> Feed:
-        return run(session, {name: value for name, value in feed.items() if name in inputs})
+    Args:
+        original: the original.
+        student: the model.
+        fitted: its outputs.
+        steps: tensors between blocks, with the channels of the original that each still has: (axis, indices).
+        feed: one call, whose masks show which tensors have positions that may be padding.
 
-    return answers, names
+    Attributes:
+        names: tensor -> input of the training graph with the original's value.
+        counted: tensor -> input with 1 at its positions and 0 at those that are padding; only where a mask fits.
+        inputs: these inputs, shape and type by name.
+    """
+
+    def __init__(
+        self,
+        original: StaticGraph,
+        student: StaticGraph,
+        fitted: Sequence[Head],
+        steps: Mapping[str, Sequence[tuple[int, Array]]],
+        feed: Feed,
+    ) -> None:
+        tape = Tape(original.shapes, original.kinds, "teacher")
+        self.names: dict[str, str] = {}
+        sources = {head.tensor: value_to_fit(tape, original, head) for head in fitted} | {name: name for name in steps}
+        for name, value in sources.items():
+            for axis, index in steps.get(name, ()):
+                shape = list(tape.shape(value))
+                shape[axis] = index.size
+                value = tape.emit("Gather", [value, tape.constant(index.astype(np.int64))], shape, axis=axis)
+            self.names[name] = tape.emit("Identity", [value], tape.shape(value))
+        shown = list(self.names.values())
+        self._session = open_session(inference_graph(original, tape, shown).SerializeToString())
+        self._accepted = {i.name for i in self._session.get_inputs()}
+        self.inputs = {shown: (student.shapes[name], student.kinds[name]) for name, shown in self.names.items()}
+        self.counted: dict[str, str] = {}
+        self._layouts: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+        padding = Padding(feed)
+        channels = {head.tensor: [a for a in (head.axis,) if a is not None] for head in fitted}
+        for name in self.names:
+            axes = channels[name] if name in channels else [axis for axis, _ in steps[name]]
+            size, kind = student.shapes[name], student.kinds[name]
+            mask = padding.counted(size, axes)
+            if mask is not None:
+                # Masks of one size are one mask, see Padding.
+                self.counted[name] = f"counted.{kind.name}.{'x'.join(map(str, mask.shape))}"
+                self.inputs[self.counted[name]] = mask.shape, kind
+                self._layouts[self.counted[name]] = size, axes
+
+    def __call__(self, feed: Feed) -> Feed:
+        """Return everything that a call is compared with."""
+        result = run(self._session, {name: value for name, value in feed.items() if name in self._accepted})
+        padding = Padding(feed)
+        for name, (shape, axes) in self._layouts.items():
+            size, kind = self.inputs[name]
+            mask = padding.counted(shape, axes)
+            result[name] = np.ones(size, kind) if mask is None or mask.shape != size else mask.astype(kind)
+        return result
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -976,15 +1018,21 @@ def label_points(
     """
     with Workspace.of(analysis) as trial:
         session = open_session(trial.write(*parts, "labelled")[0], spin=False)
-        values = np.concatenate([run(session, feed)[head.output] for feed in split.validation.inputs])
+        feeds = split.validation.inputs
+        outputs = [run(session, feed)[head.output] for feed in feeds]
+    values = np.concatenate(outputs)
     if labels.dtype.kind != "f":
         if values.ndim < 2 or len(values) != len(labels):
             return None
         return 100 * float(np.mean(values.reshape(len(values), -1).argmax(1) == labels.ravel()))
     if values.shape != labels.shape:
         return None
-    error = float(np.square(values.astype(np.float64) - labels).sum())
-    spread = float(np.square(labels - labels.mean(axis=0, dtype=np.float64)).sum())
+    masks = [Padding(feed).counted(x.shape) for feed, x in zip(feeds, outputs, strict=True)]
+    each_counted = [np.True_ if mask is None else mask for mask in masks]
+    counted = np.concatenate([np.broadcast_to(m, x.shape) for m, x in zip(each_counted, outputs, strict=True)])
+    mean = (labels * counted).sum(axis=0, dtype=np.float64) / np.maximum(counted.sum(axis=0), 1)
+    error = float(np.square((values.astype(np.float64) - labels) * counted).sum())
+    spread = float(np.square((labels - mean) * counted).sum())
     return 100 * max(0.0, 1 - error / spread) if spread > 0 else None
 
 

@@ -215,14 +215,8 @@ class Problem:
         """Select the rows of a batch to fit to."""
         form = self.layer.form
         least = self.density * _FEW // (2 if form.parts > 1 else 1)
-        picked = pick(form, data, rows_per_sample(form, self.channels, self.samples, self.density, least))
-        if form.axes != (data.ndim - 1,) or form.parts > 1:
-            return picked
-        counted = self.counted(batch, data.shape[:-1])
-        if counted is None or counted.size != form.count(data.shape):
-            return picked
-        rows = np.flatnonzero(counted) if picked is None else picked[counted[picked]]
-        return rows if rows.size else picked
+        per_sample = rows_per_sample(form, self.channels, self.samples, self.density, least)
+        return pick(form, data, per_sample, self.counted(batch, data.shape[:-1]))
 
     def _read(self, batch: int, all_rows: bool = False) -> Rows:
         form, path = self.layer.form, self.layer.path

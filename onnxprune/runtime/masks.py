@@ -48,20 +48,34 @@ class Padding:
                 return np.repeat(mask.ravel(), prod(shape[2:]))
         return None
 
+    def counted(self, shape: Sequence[int], channels: Sequence[int] = ()) -> NDArray[np.bool_] | None:
+        """Return which positions of an array are no padding, a mask that broadcasts; None where no mask fits.
+
+        Args:
+            shape: shape of an array with samples along its first axis, or samples and positions together.
+            channels: axes that are no positions.
+        """
+        return next((mask for mask in self._each_counted(shape, channels)), None)
+
     def shares(self, shape: Sequence[int], channels: Sequence[int] = ()) -> NDArray[np.float32] | None:
         """Return the weight of every position in a mean without padding, which broadcasts; None where all are equal.
 
         Args:
-            shape: shape of an array with samples along its first axis.
+            shape: shape of an array with samples along its first axis, or samples and positions together.
             channels: axes that are no positions.
         """
-        for mask in self._counted.values():
-            axis = _position_axis(shape, mask.shape[1], channels)
-            if axis is None or shape[0] != len(mask) or mask.all():
+        masks = (mask for mask in self._each_counted(shape, channels) if not mask.all())
+        return next(((mask / np.float32(mask.mean())).astype(np.float32) for mask in masks), None)
+
+    def _each_counted(self, shape: Sequence[int], channels: Sequence[int]) -> Iterator[NDArray[np.bool_]]:
+        """Iterate over the masks that fit an array, in the array's rank."""
+        for (samples, positions), mask in self._counted.items():
+            if shape and 0 not in channels and shape[0] == samples * positions != samples:
+                yield mask.reshape(-1, *[1] * (len(shape) - 1))
                 continue
-            sizes = [n if a in (0, axis) else 1 for a, n in enumerate(shape)]
-            return (mask / np.float32(mask.mean())).reshape(sizes).astype(np.float32)
-        return None
+            axis = _position_axis(shape, positions, channels)
+            if axis is not None and shape[0] == samples:
+                yield mask.reshape([n if a in (0, axis) else 1 for a, n in enumerate(shape)])
 
     def parts(
         self, values: Sequence[Feed], channels: Mapping[str, Sequence[int]] | None = None

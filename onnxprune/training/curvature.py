@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.gradients.backward import inference_graph
 from onnxprune.gradients.static import StaticGraph
 from onnxprune.gradients.tape import Tape
 from onnxprune.operators.contractions import Form, pick
 from onnxprune.operators.registry import rule_of
+from onnxprune.runtime.masks import counted_rows
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.training.step import Parameters, Vector
 
@@ -68,7 +70,8 @@ class Curvature:
             values = run(session, {n: v for n, v in feed.items() if n in accepted})
             with np.errstate(over="ignore", invalid="ignore"):
                 for weight, (form, data) in sites.items():
-                    grams[weight] = grams.get(weight, 0.0) + _gram(form, values[shown[data]])
+                    gram = _gram(form, values[shown[data]], counted_rows(feed, graph.shapes[data][:-1]))
+                    grams[weight] = grams.get(weight, 0.0) + gram
         usable = {weight: gram for weight, gram in grams.items() if np.isfinite(gram).all()}  # inputs may overflow
         return cls(parameters, {weight: _axes(sites[weight][0], gram) for weight, gram in usable.items()})
 
@@ -128,10 +131,16 @@ def _is_locked(parameters: Parameters, name: str, form: Form) -> bool:
     return bool((zeros & ~zeros.all(axis=1, keepdims=True) & ~zeros.all(axis=2, keepdims=True)).any())
 
 
-def _gram(form: Form, data: Array) -> Array:
-    """Return the mean product of every two columns, [parts, columns, columns]."""
+def _gram(form: Form, data: Array, counted: NDArray[np.bool_] | None) -> Array:
+    """Return the mean product of every two columns, [parts, columns, columns].
+
+    Args:
+        form: the layer as a matrix product.
+        data: what it reads.
+        counted: which rows are no padding; None: all.
+    """
     width = form.taps * int(np.prod([data.shape[a] for a in form.axes])) // form.parts
-    columns = form.columns(data, pick(form, data, max(4, -(-_ROWS * width // (CALLS * len(data))))))
+    columns = form.columns(data, pick(form, data, max(4, -(-_ROWS * width // (CALLS * len(data)))), counted))
     columns = columns.astype(np.float32)
     return np.asarray(columns.swapaxes(1, 2) @ columns / columns.shape[1], np.float64)
 
