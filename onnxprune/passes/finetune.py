@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from onnxprune.errors import ModelError, Note, UsageError, argument, nearest
 from onnxprune.gradients.backward import inference_graph, training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.gradients.tape import Tape
+from onnxprune.graph.probes import InputSpec, input_specs, sample_axes
 from onnxprune.io.constants import set_constant
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.passes.calibration import CalibrationBatches, CalibrationSplit
@@ -240,10 +242,8 @@ def _has_other_weights(context: Context, model: Model) -> bool:
 def check_samples(context: Context, analysis: Analysis, split: CalibrationSplit) -> None:
     """Refuse data that a training would only overfit to; raises UsageError."""
     samples = split.num_fit + split.num_held_out
-    is_limited = context.calibration is not None and context.calibration.limit is not None
-    is_dense = answers_of_sample(analysis, split.fit[0]) * _LEAST_DENSE_SAMPLES >= LEAST_SAMPLES
-    least = _LEAST_DENSE_SAMPLES if is_dense else LEAST_SAMPLES
-    if samples < least and not is_limited:
+    least = _least_samples(context, analysis, split)
+    if samples < least:
         raise UsageError(
             f"{argument('finetune')} needs {least} samples or more, and there are {samples}",
             hint=f"Give more with {argument('data')}; 512 or more work well. {argument('samples')} trains on fewer.",
@@ -256,51 +256,168 @@ def check_samples(context: Context, analysis: Analysis, split: CalibrationSplit)
         )
 
 
-class _Samples:
-    """The samples of a split, drawn in random order, each once before any again."""
+def _least_samples(context: Context, analysis: Analysis, split: CalibrationSplit) -> int:
+    """Return the number of samples below which a training is refused; 0 where their number was asked for."""
+    if context.calibration is not None and context.calibration.limit is not None:
+        return 0
+    is_dense = answers_of_sample(analysis, split.fit[0]) * _LEAST_DENSE_SAMPLES >= LEAST_SAMPLES
+    return _LEAST_DENSE_SAMPLES if is_dense else LEAST_SAMPLES
 
-    def __init__(self, feeds: Sequence[Feed], size: int, labels: Array | None, seed: int) -> None:
-        joined = all(v.ndim and len(v) == count(feed) for feed in feeds for v in feed.values())
-        self._feeds = feeds
-        self._ends: Array | None = None
-        if joined and len({tuple(v.shape[1:] for v in f.values()) for f in feeds}) == 1:
-            self._ends = np.cumsum([count(feed) for feed in feeds])
-        if labels is not None and self._ends is None:
+
+Axes = Mapping[str, int | None]
+"""Axis of the samples by input; None for one that has no samples; an input that is not there has them in front."""
+
+
+def axes_of_samples(specs: Sequence[InputSpec]) -> Axes:
+    """Return the axis of the samples of every input.
+
+    Where the batch is open, an input with a fixed leading size has them elsewhere or none. Where it is fixed, states of
+    a recurrent net cannot be told from other inputs if their two leading sizes are equal: they count as having none.
+    """
+    states = sample_axes(specs)
+    is_open = any(spec.shape and not isinstance(spec.shape[0], int) for spec in specs)
+
+    def axis(spec: InputSpec) -> int | None:
+        if spec.name in states or not spec.shape:
+            return None if spec.scalar else states.get(spec.name, 0)
+        is_unclear = len(specs) > 1 and len(spec.shape) > 2 and spec.shape[0] == spec.shape[1] != 1
+        return None if isinstance(spec.shape[0], int) and (is_open or is_unclear) else 0
+
+    return {spec.name: axis(spec) for spec in specs}
+
+
+_Sizes = frozenset[tuple[str, tuple[int, ...]]]
+"""Sizes of the inputs of a call."""
+
+
+class _Samples:
+    """The samples of a split, drawn in random order, each once before any again.
+
+    Where samples cannot be taken out of their calls, whole calls are drawn. A training graph has one size: of inputs of
+    several, those of the commonest are drawn.
+
+    Args:
+        feeds: the calls.
+        size: samples of a call that is drawn.
+        labels: of all samples, in their order; None: without.
+        seed: seed of the order.
+        axes: see :data:`Axes`.
+        like: a call of the size to draw; None: the commonest.
+
+    Attributes:
+        size: samples of a call that is drawn.
+        count: number of samples, without those of other sizes.
+    """
+
+    def __init__(
+        self,
+        feeds: Sequence[Feed],
+        size: int,
+        labels: Array | None,
+        seed: int,
+        axes: Axes | None = None,
+        like: Feed | None = None,
+    ) -> None:
+        self._feeds, self._labels, self._seed, self._all_axes = feeds, labels, seed, axes
+        self._axes = _axes_in(feeds, axes or {})
+        calls = [(self._sizes(feed), self._count(feed)) for feed in feeds]
+        totals = Counter[_Sizes]()
+        for sizes, number in calls:
+            totals[sizes] += number
+        drawn = totals.most_common(1)[0][0] if like is None else self._sizes(like)
+        self.count = totals[drawn]
+        self._used = [k for k, (sizes, _) in enumerate(calls) if sizes == drawn]
+        counts = [number for _, number in calls]
+        self._starts = np.cumsum([0, *counts])  # of calls, among all samples
+        self._ends = np.cumsum([counts[k] if self._axes else 1 for k in self._used])  # among those to draw
+        self.size = size if self._axes or not self._used else counts[self._used[0]]
+
+    @classmethod
+    def of(
+        cls, context: Context, analysis: Analysis, split: CalibrationSplit, size: int, labels: Array | None
+    ) -> _Samples:
+        """Return the samples to fit to.
+
+        Raises:
+            UsageError: they have so many sizes that few have the commonest.
+        """
+        axes = axes_of_samples(input_specs(context.analysis.graph))
+        samples = cls(split.fit, size, labels, context.seed, axes)
+        least = _least_samples(context, analysis, split) * split.num_fit // (split.num_fit + split.num_held_out)
+        if samples.count < min(least, split.num_fit):
             raise UsageError(
-                f"{argument('labels')}: inputs of several sizes cannot be trained on labels",
-                hint=f"Drop {argument('labels')}, or give inputs of one size.",
+                f"{argument('finetune')} trains on inputs of one size, and only {samples.count} samples of "
+                f"{argument('data')} have the commonest",
+                hint="Give more of one size, such as sequences that are padded to one length, with a mask.",
             )
-        self.size, self._labels, self._seed = size, labels, seed
+        return samples
 
     @property
     def num(self) -> int:
         """The number of samples, or of whole calls where samples cannot be taken out of them."""
-        return len(self._feeds) if self._ends is None else int(self._ends[-1])
+        return int(self._ends[-1]) if self._used else 0
 
     def draw(self, number: int) -> tuple[Feed, Array | None]:
         """Return one call and its labels; the same ones for the same number."""
-        need = 1 if self._ends is None else self.size
+        need = self.size if self._axes else 1
         first, last = number * need // self.num, ((number + 1) * need - 1) // self.num
         rounds = [np.random.default_rng([self._seed, k]).permutation(self.num) for k in range(first, last + 1)]
         start = number * need - first * self.num
         index = np.concatenate(rounds)[start : start + need]
-        if self._ends is None:
-            return dict(self._feeds[index[0]]), None
-        feed = self._gathered(index, self._ends)
-        return feed, None if self._labels is None else self._labels[index]
+        batches = np.searchsorted(self._ends, index, side="right")
+        if not self._axes:
+            call = self._used[batches[0]]
+            labels = None if self._labels is None else self._labels[self._starts[call] : self._starts[call + 1]]
+            return dict(self._feeds[call]), labels
+        return self._gathered(index, batches)
 
-    def _gathered(self, index: Array, ends: Array) -> Feed:
+    def _gathered(self, index: Array, batches: Array) -> tuple[Feed, Array | None]:
         """Return samples of several batches as one call; only the batches that they lie in are opened."""
-        batches = np.searchsorted(ends, index, side="right")
         result: Feed = {}
+        rows = np.empty(len(index), np.int64)
         for batch in np.unique(batches):
-            feed, places = self._feeds[batch], np.flatnonzero(batches == batch)
-            first = ends[batch] - count(feed)
-            for name, value in feed.items():
+            call, places = self._used[batch], np.flatnonzero(batches == batch)
+            inside = index[places] - (self._ends[batch - 1] if batch else 0)
+            rows[places] = self._starts[call] + inside
+            for name, value in self._feeds[call].items():
+                if name not in self._axes:
+                    result[name] = value
+                    continue
+                axis = self._axes[name]
                 if name not in result:
-                    result[name] = np.empty((len(index), *value.shape[1:]), value.dtype)
-                result[name][places] = value[index[places] - first]
-        return result
+                    result[name] = np.empty((*value.shape[:axis], len(index), *value.shape[axis + 1 :]), value.dtype)
+                np.moveaxis(result[name], axis, 0)[places] = np.moveaxis(value, axis, 0)[inside]
+        return result, None if self._labels is None else self._labels[rows]
+
+    def _count(self, feed: Feed) -> int:
+        """Return the number of samples of a call."""
+        return next((feed[name].shape[axis] for name, axis in self._axes.items()), 0) or count(feed)
+
+    def _sizes(self, feed: Feed) -> _Sizes:
+        """Return the sizes of the inputs of a call, without the number of samples where they can be taken out."""
+        axes = self._axes
+        return frozenset((n, tuple(m for a, m in enumerate(v.shape) if a != axes.get(n))) for n, v in feed.items())
+
+    def beside(self, feeds: Sequence[Feed], labels: Array | None) -> _Samples:
+        """Return the samples of other calls, drawn in the size of these; these themselves where none has it."""
+        samples = _Samples(feeds, self.size, labels, self._seed, self._all_axes, self.draw(0)[0])
+        return samples if samples.num else self
+
+
+def _axes_in(feeds: Sequence[Feed], axes: Axes) -> dict[str, int]:
+    """Return the axes of the inputs that have samples; none where samples cannot be taken out of their calls.
+
+    They can be where all other inputs have the same values in every call.
+    """
+    first = feeds[0]
+    known = {name: axes.get(name, 0) for name, value in first.items() if value.ndim}
+    result = {name: axis for name, axis in known.items() if axis is not None}
+    for feed in feeds:
+        sizes = {feed[name].shape[axis] for name, axis in result.items() if name in feed}
+        others = all(np.array_equal(feed[name], first[name]) for name in first if name in feed and name not in result)
+        if feed.keys() != first.keys() or len(sizes) != 1 or not others:
+            return {}
+    return result
 
 
 class _OwnLoss:
@@ -429,14 +546,14 @@ class Training:
             if user_labels is None
             else split_labels(read_labels(user_labels, context, model.analysis), split)
         )
-        samples = _Samples(split.fit, size, labels, context.seed)
-        feed, _ = samples.draw(0)
+        samples = _Samples.of(context, model.analysis, split, size, labels)
+        size, (feed, _) = samples.size, samples.draw(0)
         parts, coded = with_numbers(*model.parts)
         student = static_graph(*parts, feed)
         limit = (context.memory_limit or _MEMORY) / _LIVE
         if fixed is None and (room := int(limit // max(1, _bytes(student) // size))) < size:
             size = max(1, room)
-            samples = _Samples(split.fit, size, labels, context.seed)
+            samples = _Samples.of(context, model.analysis, split, size, labels)
             feed, _ = samples.draw(0)
             student = static_graph(*parts, feed)
         loaded = context.analysis.loaded
@@ -469,7 +586,7 @@ class Training:
             raise _untrainable(frozen)
         parameters = Parameters({n: student.constants[n] for n in graph.gradients}, _locked(model, coded))
         step = Step(graph, parameters, context.device.threads)
-        calls = max(1, -(-batch // size))
+        calls = max(1, -(-batch // samples.size))
         graphs, labelled = (student, teacher, parameters, step), (known, hold_out)
         training = cls(context, model, split, settings, samples, *graphs, frozen, calls, *labelled, before, user_loss)
         training.coded, training.batch = coded, batch
@@ -658,7 +775,7 @@ class Training:
             "steps": course.steps,
             "seconds": course.seconds,
             "batch": self.batch,
-            "samples": self.split.num_fit,
+            "samples": self.samples.count,
             "aside": self.split.num_held_out,
             "losses": course.ends,
             "curve": course.curve,
@@ -679,6 +796,9 @@ class Training:
             )
         if facts.stopped:
             remarks.append(f"fine-tuning ended after {facts.steps} steps: {facts.stopped}")
+        if self.samples.count < self.split.num_fit:
+            num_others = self.split.num_fit - self.samples.count
+            remarks.append(f"{num_others} samples have other sizes than most, and were not trained on")
         reasons = sorted(set(facts.frozen.values()))
         if reasons:
             what = "1 weight was" if len(facts.frozen) == 1 else f"{len(facts.frozen)} weights were"
@@ -724,9 +844,7 @@ class Reconstruction:
         vector = training.parameters.vector
         course, best = Course(curve=[(0, training.judge())]), vector.copy()
         distance = course.curve[0][1]
-        samples = _Samples(
-            training.split.validation.inputs, training.samples.size, training.held_labels, training.context.seed
-        )
+        samples = training.samples.beside(training.split.validation.inputs, training.held_labels)
         held_calls = [training.call(*samples.draw(k), self.teacher) for k in range(_HELD_CALLS)]
         for k, block in enumerate(self.blocks):
             part = self._train(block, effort.part(1 / len(self.blocks)), course.steps, held_calls)
@@ -1020,6 +1138,8 @@ def label_points(
         session = open_session(trial.write(*parts, "labelled")[0], spin=False)
         feeds = split.validation.inputs
         outputs = [run(session, feed)[head.output] for feed in feeds]
+    if len({x.shape[1:] for x in outputs}) > 1:
+        return None
     values = np.concatenate(outputs)
     if labels.dtype.kind != "f":
         if values.ndim < 2 or len(values) != len(labels):

@@ -14,6 +14,8 @@ import pytest
 from build import Net
 
 import onnxprune as op
+from onnxprune.graph.probes import InputSpec
+from onnxprune.passes.finetune import _Samples, axes_of_samples
 
 DATA = {"x": np.random.default_rng(1).standard_normal((192, 3, 8, 8)).astype(np.float32)}
 
@@ -435,3 +437,85 @@ def test_augmentation_is_a_choice(augment: str, names: str, monkeypatch: pytest.
     assert tuned(augment=augment, finetune=2).report.finetuning.augmentation == names
     with pytest.raises(op.UsageError, match="augment: unknown value 'rotate'"):
         tuned(augment="rotate", finetune=2)
+
+
+def numbered(layers: int, calls: int, each: int = 2) -> list[dict[str, Any]]:
+    """Calls in which every number says which sample it belongs to; states have their samples along the second axis."""
+    feeds = []
+    for call in range(calls):
+        numbers = np.arange(call * each, call * each + each, dtype=np.float32)
+        state = np.stack([numbers + 1000 * layer for layer in range(layers)])[:, :, None].repeat(4, 2)
+        feeds.append({"x": numbers[:, None].repeat(3, 1), "h": state, "rate": np.array(16000)})
+    return feeds
+
+
+RATE = InputSpec("rate", np.dtype(np.int64), (), scalar=True)
+
+
+@pytest.mark.parametrize(("lead", "batch"), [(2, "N"), (2, None), (2, 2)])
+def test_states_go_with_their_samples(lead: int, batch: Any) -> None:
+    kind, feeds = np.dtype(np.float32), numbered(2, 12)
+    axes = axes_of_samples([InputSpec("x", kind, (batch, 3)), InputSpec("h", kind, (lead, batch, 4)), RATE])
+    assert axes["h"] == (None if batch == 2 else 1) and axes["x"] == 0 and axes["rate"] is None
+    samples = _Samples(feeds, 4, np.arange(24), 0, axes)
+    every = []
+    for number in range(6 if batch != 2 else 12):  # with a fixed batch, calls are drawn as they are
+        feed, labels = samples.draw(number)
+        assert (feed["x"] == labels[:, None]).all() and feed["rate"] == 16000
+        assert (feed["h"][0] == labels[:, None]).all() and (feed["h"][1] == labels[:, None] + 1000).all()
+        every += labels.tolist()
+    assert sorted(every) == list(range(24)) != every
+    for feed in feeds:
+        feed["h"] = feeds[0]["h"]  # the same in all: samples are drawn one by one beside it
+    one, two = (_Samples(feeds, 2, None, 0, axes).draw(k)[0] for k in range(2))
+    assert batch != 2 or ((one["h"] == feeds[0]["h"]).all() and one["x"][0, 0] // 2 != one["x"][1, 0] // 2)
+    assert one["h"].shape == two["h"].shape == (2, 2, 4)
+
+
+def test_samples_of_the_commonest_size_are_drawn() -> None:
+    short = [{"x": np.full((4, 5), k, np.float32), "y": np.full((4, 2), k)} for k in range(3)]
+    long = [{"x": np.full((4, 7), 10 + k, np.float32), "y": np.full((4, 2), 10 + k)} for k in range(4)]
+    samples = _Samples([*short, *long, {n: v[:2] for n, v in long[0].items()}], 6, np.repeat(np.arange(8), 4)[:30], 0)
+    assert samples.count == 18 and samples.size == 6
+    drawn = [samples.draw(k) for k in range(3)]
+    assert all(feed["x"].shape == (6, 7) and (feed["x"][:, 0] == feed["y"][:, 1]).all() for feed, _ in drawn)
+    assert sorted(np.concatenate([labels for _, labels in drawn])) == [3] * 4 + [4] * 4 + [5] * 4 + [6] * 4 + [7] * 2
+    beside = samples.beside([*short, long[1]], None)
+    assert beside.count == 4 and (beside.draw(0)[0]["x"] == 11).all()
+    assert samples.beside(short, None) is samples
+
+
+def test_a_recurrent_net_with_as_many_layers_as_samples_in_a_call() -> None:
+    draw, size = Net(18), 4
+    x, h = draw.input("x", ["N", 5, 3]), draw.input("h", [2, "N", size])
+    y = draw.transpose(draw.op("Relu", draw.linear(x, 3, 8)), 1, 0, 2)
+    for k, width in enumerate((8, size)):
+        state = draw.slice(h, k, k + 1, 0)
+        weights = [draw.weight(1, 3 * size, width), draw.weight(1, 3 * size, size), draw.weight(1, 6 * size)]
+        y = draw.op(
+            "Squeeze", draw.op("GRU", y, *weights, "", state, n=2, hidden_size=size)[0], draw.const(np.array([1]))
+        )
+    model = draw.model(draw.linear(draw.op("ReduceMean", y, draw.const(np.array([0])), keepdims=0), size, 3))
+    rng = np.random.default_rng(0)
+    data = {"x": rng.standard_normal((64, 5, 3)), "h": rng.standard_normal((2, 64, size))}
+    data = {name: value.astype(np.float32) for name, value in data.items()}
+    facts = tuned(model, data=data, batch_size=2, recover="none", finetune=4).report.finetuning
+    assert facts.steps == 4 and facts.samples == 56 and np.isfinite(facts.losses).all()
+
+
+def test_inputs_of_many_sizes() -> None:
+    draw = Net(18)
+    y = draw.op("Relu", draw.linear(draw.input("x", ["N", "S", 6]), 6, 8))
+    model = draw.model(draw.linear(y, 8, 3))
+    rng = np.random.default_rng(0)
+    sizes = [3] * 40 + [4] * 12 + [5] * 12
+
+    def run(sizes: list[int]) -> Any:
+        data = [{"x": rng.standard_normal((2, n, 6)).astype(np.float32)} for n in sizes]
+        return tuned(model, data=data, batch_size=2, recover="none", finetune=3).report
+
+    report = run(sizes)
+    assert report.finetuning.samples < 112 and report.finetuning.samples >= 56
+    assert any("samples have other sizes than most, and were not trained on" in text for text in report.warnings)
+    with pytest.raises(op.UsageError, match="trains on inputs of one size"):
+        run([3, 4, 5, 6, 7, 8, 9, 10] * 8)
