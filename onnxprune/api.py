@@ -1415,6 +1415,7 @@ def sweep(
     metric: str | Metric | None = None,
     factorize: bool = False,
     trials: int | None = None,
+    jobs: int | None = None,
     layers: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -1465,6 +1466,10 @@ def sweep(
         factorize: also factorize layers where that keeps more than pruning them; not for ``peak-memory``; False.
         trials: number of candidates to evaluate around the best solution, 0 or more; None: with a recovery about half a
             minute's work, else none.
+        jobs: processes, each of which prunes to one of the budgets at a time; -1: all processors; None: as
+            ``joblib.parallel_config`` sets, else one. joblib's backends for Dask or Ray distribute the work over
+            machines that share file paths. With ``kind="latency"`` budgets follow one another in this process, where
+            models are timed, and only their candidates are distributed.
         layers: {glob over node or weight names: ratio}, 0 <= ratio < 1; the last match applies. None: ``ratio``
             everywhere.
         include: globs; only groups with a node or weight of such a name are pruned. Empty: all groups.
@@ -1536,7 +1541,9 @@ def sweep(
     options, run = record_of(Options, locals()), record_of(RunSettings, locals())
     mode, reason = settle_mode(recover, data is not None, True)
     budgets = [parse(f"{kind}={share}", "targets") for share in targets]
-    spec = BudgetSpec.of([budgets[0]] if budgets else None, metric=metric, factorize=factorize, trials=trials)
+    spec = BudgetSpec.of(
+        [budgets[0]] if budgets else None, metric=metric, jobs=jobs, factorize=factorize, trials=trials
+    )
     budget = Budget(spec, criterion, recover=mode, why=reason, approximate=approximate, **options.arguments)
     context = Context.of(model, run, approximate=approximate)
     home = Path(folder) if folder is not None else None

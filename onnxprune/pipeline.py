@@ -84,9 +84,14 @@ class Calibration:
         batch_size: int | None = None,
         images: ImageOptions | None = None,
     ) -> None:
-        self.limit, self.batch_size = samples, batch_size
-        self._data, self._analysis, self._images = data, analysis, images
+        self.limit, self.batch_size, self.images = samples, batch_size, images
+        self._data, self._analysis = data, analysis
         self._samples: Samples | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The absolute path of the file or folder that these inputs are read from; None where they are no such."""
+        return Path(self._data).resolve() if isinstance(self._data, (str, Path)) else None
 
     def open(self) -> Samples:
         """Open the inputs.
@@ -97,19 +102,19 @@ class Calibration:
         if self._samples is None:
             specs = input_specs(self._analysis.graph)
             self._samples = open_data(
-                self._data, specs, samples=self.limit, batch_size=self.batch_size, images=self._images
+                self._data, specs, samples=self.limit, batch_size=self.batch_size, images=self.images
             )
         return self._samples
 
     def first(self, samples: int) -> Calibration:
         """Return the same inputs limited to this many samples."""
-        first = Calibration(self._data, self._analysis, self.limit, self.batch_size, self._images)
+        first = Calibration(None, self._analysis, self.limit, self.batch_size, self.images)
         first._samples = self.open().first(samples)
         return first
 
     def through(self, analysis: Analysis, change: Callable[[Feed], Feed]) -> Calibration:
         """Return the same inputs for another model, with a function applied to every call."""
-        other = Calibration(self._data, analysis, self.limit, self.batch_size, self._images)
+        other = Calibration(None, analysis, self.limit, self.batch_size, self.images)
         other._samples = self.open().through(change)
         return other
 

@@ -1431,13 +1431,20 @@ SETTINGS: tuple[Setting, ...] = (
         "jobs",
         Jobs(),
         "Number of processes that measure sensitivities; default one per processor.",
-        {"prune": MACHINE, "sensitivity": MACHINE},
+        {"prune": MACHINE, "sensitivity": MACHINE, "sweep": MACHINE},
         typed=Integer(1, "the number of processes"),
         needs=Need(
             "measured sensitivity",
             "applies only when sensitivities are measured",
             f"Give {argument('sensitivity', 'measure')}, or drop it.",
         ),
+        variants={
+            "sweep": {
+                "help": "Number of processes, each of which prunes to one of the budgets at a time; default 1. With "
+                f"{argument('kind', 'latency')} only candidates of a budget are distributed.",
+                "needs": None,
+            }
+        },
     ),
     Setting(
         "factorize",

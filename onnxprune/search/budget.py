@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.allocation.knapsack import Sensitivity
+from onnxprune.allocation.latency_model import LatencyTable
+from onnxprune.allocation.ranked import RankedGroup
 from onnxprune.allocation.selection import SHARES, counts
 from onnxprune.allocation.settings import WIDEST, Options
 from onnxprune.channels.analysis import Analysis
@@ -277,6 +279,21 @@ class SearchResult:
     remarks: Sequence[str] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Measured losses of groups: the part of a search that targets of one kind share, and that workers are given.
+
+    Attributes:
+        pool: scored groups by number.
+        curves: losses of groups pruned alone, {group: (shares removed, losses)}; None where they were not measured.
+        sensitivity: scores [units] by group that sum to its output sensitivity; None where it was not measured.
+    """
+
+    pool: Mapping[int, RankedGroup]
+    curves: Curves | None
+    sensitivity: Mapping[int, Array] | None
+
+
 class Search:
     """The search for the best model within targets and gates.
 
@@ -289,6 +306,9 @@ class Search:
         before: points of the original.
         branches: residual branches of the original that the analysed model lacks.
         originals: costs of that original by kind, where they are not those of the analysed model.
+
+    Attributes:
+        scores: measured losses of the groups, once a problem was made.
     """
 
     def __init__(
@@ -309,7 +329,8 @@ class Search:
         self._mixture_of: Mixture | None = None
         self._answers: list[Evaluated] = []
         self._tried: list[tuple[Mask, CandidateFacts]] = []
-        self._unrounded: Callable[..., SearchProblem] | None = None
+        self._unrounded: Callable[[], SearchProblem] | None = None
+        self.scores: Scores | None = None
         self._work = WorkShare(lambda share: context.tell("budget", share), dict.fromkeys(_PARTS, 1.0))
         self._at = "final", 0, 1
 
@@ -395,14 +416,7 @@ class Search:
             raise BudgetError("No channel of this model can be removed.", hint=reasons(selector.analysis))
         curves = self._curves(context, selector)
         sensitivity = None if curves else self._output_sensitivity(context, selector)
-
-        def build(*measured: Any, rounded: bool = True) -> SearchProblem:
-            options: dict[str, Any] = {"rounded": rounded, "quantize": self.spec.quantize}
-            problem = SearchProblem.of(self.context, selector, targets, table, *measured, **options)
-            return problem.with_originals(self._originals)
-
-        self._unrounded = partial(build, curves, sensitivity)
-        problem = self._unrounded()
+        problem = self._built(selector, targets, Scores(selector.pool(), curves, sensitivity), table)
         counted = [t for t in targets if t.kind not in ("latency", "peak-memory")]
         if all(problem.reachable(t.kind) <= problem.limits()[t.kind] for t in counted):
             return problem
@@ -417,8 +431,41 @@ class Search:
         if sensitivity is not None:
             mean = float(np.mean([scores.sum() for scores in sensitivity.values()]))
             sensitivity = {**sensitivity, **{number: share * mean for number, share in shares.items()}}
-        self._unrounded = partial(build, curves, sensitivity)
-        return self._unrounded()
+        return self._built(selector, targets, Scores(selector.pool(), curves, sensitivity), table)
+
+    def problem_of(self, scores: Scores, targets: Sequence[Target]) -> SearchProblem:
+        """Return the problem of measured losses, which another search over the same analysis has made.
+
+        Args:
+            scores: the losses.
+            targets: limits on costs, none of them a time.
+
+        Raises:
+            CannotRewrite: a node has no form with the new sizes.
+        """
+        selector = self.prune.selector(self.context, self.analysis)
+        selector.pool_of = dict(scores.pool)
+        return self._built(selector, targets, scores)
+
+    def _built(
+        self, selector: Selector, targets: Sequence[Target], scores: Scores, table: LatencyTable | None = None
+    ) -> SearchProblem:
+        """Return the problem of measured losses; it can be built without the multiples of the device as well."""
+        self.scores = scores
+
+        def build(rounded: bool) -> SearchProblem:
+            options: dict[str, Any] = {"rounded": rounded, "quantize": self.spec.quantize}
+            measured = table, scores.curves, scores.sensitivity
+            problem = SearchProblem.of(self.context, selector, targets, *measured, **options)
+            return problem.with_originals(self._originals)
+
+        self._unrounded = partial(build, False)
+        return build(True)
+
+    def restart(self) -> None:
+        """Forget the lessons of earlier targets, so that the result for a target does not depend on them."""
+        if self._mixture_of is not None:
+            self._mixture_of.restart()
 
     def _curves(self, context: Context, selector: Selector) -> Curves | None:
         """Return measured losses by group, where they were requested."""
@@ -455,14 +502,18 @@ class Search:
             return output_sensitivity(context, analysis, groups, scores, *bounds)
         return None
 
-    def within(self, problem: SearchProblem) -> SearchResult:
+    def within(self, problem: SearchProblem, *, explained: bool = True) -> SearchResult:
         """Return the best candidate within the targets, recovered from all data; tighten limits that recovery exceeds.
+
+        Args:
+            problem: the groups and targets.
+            explained: whether to evaluate further candidates for remarks on the result.
 
         Raises:
             BudgetError: a target is out of reach.
         """
         with self.context.stages.until_interrupted(lambda: self._so_far(problem)):
-            return self._within(problem)
+            return self._within(problem, explained=explained)
         return self._best_so_far(problem)
 
     def _so_far(self, problem: SearchProblem) -> str:
@@ -488,7 +539,7 @@ class Search:
             if all(share <= 1 + tolerance(kind) for kind, share in problem.over(candidate).items())
         ]
 
-    def _within(self, problem: SearchProblem) -> SearchResult:
+    def _within(self, problem: SearchProblem, *, explained: bool) -> SearchResult:
         """Return the result of a search that is not interrupted."""
         self._answers = []
         for last in (False, False, True):
@@ -504,7 +555,7 @@ class Search:
                     continue  # recovery added to the size: keep a little less, before the effort of all data
             evaluated += self._refined(problem, evaluated, best)
             best = _best(evaluated)[0] if evaluated else best
-            remarks = self._rounding_costs(problem, best, evaluated)
+            remarks = self._rounding_costs(problem, best, evaluated) if explained else []
             self._at = "final", 0, 1
             final = self._evaluate(problem, best, trial=False)
             best = problem.with_costs_of(best, final)
@@ -525,7 +576,7 @@ class Search:
         self._at = "trials", 0, 1
         try:
             rounded = _best(evaluated)[1] if evaluated else self._evaluate(problem, best)
-            candidates = replace(self._unrounded(rounded=False), lead=problem.lead).candidates()
+            candidates = replace(self._unrounded(), lead=problem.lead, targets=problem.targets).candidates()
             if rounded.quality.fine > -_MUCH or not candidates:
                 return []
             free = self._evaluate(problem, candidates[0])

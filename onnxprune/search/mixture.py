@@ -88,6 +88,10 @@ class Mixture:
                 self._parts.append(part)
                 self._candidates.append((layer_fits, [option.candidate for option in timed]))
         self._costs = {k: FactorizedCost(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
+        self.restart()
+
+    def restart(self) -> None:
+        """Return to the initial rate, without corrections that earlier targets led to."""
         self._correction: Mapping[str, float] = {"latency": 1.0}
         self._rate: tuple[str, float] | None = None
 

@@ -1,11 +1,14 @@
-"""Candidates and groups in worker processes, through joblib: here, or on the machines of a cluster."""
+"""Candidates, groups and rows in worker processes, through joblib: here, or on the machines of a cluster."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any, TypeVar, cast
 
 import joblib
@@ -13,12 +16,15 @@ import numpy as np
 import onnx
 
 from onnxprune.channels.analysis import Analysis
+from onnxprune.errors import UsageError, argument
 from onnxprune.graph.resized import Resizing
+from onnxprune.io.write import assemble
 from onnxprune.passes.calibration import CalibrationBatches, TrialSplit
 from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime import sessions
 from onnxprune.runtime.capture import count
 from onnxprune.runtime.fidelity import Outputs
+from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.sessions import Feed
 from onnxprune.search.evaluation import Evaluation, Mask, Metric, evaluate, pruned_model
 
@@ -33,7 +39,7 @@ class WorkerRun:
     Attributes:
         model: path or bytes.
         input_shapes: {input: shape} for dynamic inputs.
-        feeds: inputs to recover from and to evaluate on; None for synthetic inputs.
+        data: inputs to recover from and to evaluate on: calls, or the path of all; None for synthetic inputs.
         approximate: whether channels may be removed through normalisations.
         resizing: inputs and outputs that may lose channels.
         reshape_axis: see :meth:`onnxprune.channels.analysis.Analysis.with_reshape_axis`.
@@ -42,11 +48,15 @@ class WorkerRun:
         outputs: kinds of outputs that the user set.
         effort: name of the bounds on the work.
         memory_limit: bytes of activations to hold at a time; None: the default.
+        samples: number of samples of a path to use; None for all.
+        batch_size: samples per call where the model leaves that open; None: the default.
+        images: conversion of images at a path to arrays; None: from the model's input.
+        is_counted: whether the number of samples is known before they are read: splits depend on it.
     """
 
     model: str | bytes
     input_shapes: Mapping[str, Sequence[int]] | None
-    feeds: tuple[Feed, ...] | None
+    data: tuple[Feed, ...] | str | None
     approximate: bool
     resizing: Resizing
     reshape_axis: str
@@ -55,22 +65,35 @@ class WorkerRun:
     outputs: Outputs | None = None
     effort: str = "normal"
     memory_limit: int | None = None
+    samples: int | None = None
+    batch_size: int | None = None
+    images: ImageOptions | None = None
+    is_counted: bool = True
 
     @classmethod
-    def of(cls, context: Context, analysis: Analysis, samples: int) -> WorkerRun:
+    def of(cls, context: Context, analysis: Analysis, samples: int | None = None) -> WorkerRun:
         """Describe a run.
 
         Args:
             context: the run.
             analysis: analysis of the model.
-            samples: number of samples that are enough for a worker, 1 or more.
+            samples: number of samples that are enough for a worker, 1 or more; None: it needs all.
         """
-        source = context.source
-        model = source.SerializeToString() if isinstance(source, onnx.ModelProto) else source
+        calibration = context.calibration
+        data: tuple[Feed, ...] | str | None = None
+        reading: dict[str, Any] = {}
+        if calibration is not None:
+            path = calibration.path if samples is None else None
+            data = tuple(_first(context, analysis, samples)) if path is None else str(path)
+            reading = {"batch_size": calibration.batch_size}
+            if path is not None:
+                reading |= {"samples": calibration.limit, "images": calibration.images}
+            elif samples is None:
+                reading |= {"is_counted": CalibrationBatches(context, analysis).samples is not None}
         return cls(
-            model if isinstance(model, bytes) else str(Path(model).resolve()),
+            _portable(context),
             context.input_shapes,
-            None if context.calibration is None else tuple(_first(context, analysis, samples)),
+            data,
             analysis.approximate,
             analysis.resizing,
             analysis.reshape_axis,
@@ -79,20 +102,19 @@ class WorkerRun:
             context.outputs,
             context.effort.name,
             context.memory_limit,
+            **reading,
         )
 
     def __hash__(self) -> int:
         return hash(self._settings())
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, WorkerRun) and self._settings() == other._settings() and _alike(self.feeds, other.feeds)
-        )
+        return isinstance(other, WorkerRun) and self._settings() == other._settings() and _alike(self.data, other.data)
 
     def _settings(self) -> tuple[Any, ...]:
-        flat = repr(self.input_shapes), repr(self.outputs)
         known = (self.model, self.approximate, self.resizing, self.reshape_axis, self.seed)
-        return (*known, self.effort, self.memory_limit, *flat)
+        reading = self.samples, self.batch_size, repr(self.images), self.is_counted
+        return (*known, self.effort, self.memory_limit, *reading, repr(self.input_shapes), repr(self.outputs))
 
     def open(self) -> tuple[Context, Analysis]:
         """Analyse the model, once per worker."""
@@ -100,27 +122,43 @@ class WorkerRun:
         return context, context.analysis.with_reshape_axis(self.reshape_axis)
 
 
-def _first(context: Context, analysis: Analysis, samples: int) -> Iterator[Feed]:
-    """Iterate over calls of the data with about so many samples."""
+def _portable(context: Context) -> str | bytes:
+    """Return the model as a path, absolute, or as bytes where it has none."""
+    source = context.source
+    if isinstance(source, (str, Path)):
+        return str(Path(source).resolve())
+    if isinstance(source, bytes):
+        return source
+    loaded = context.analysis.loaded
+    model = source if isinstance(source, onnx.ModelProto) else assemble(loaded.as_read, loaded.weights)
+    return bytes(model.SerializeToString())
+
+
+def _first(context: Context, analysis: Analysis, samples: int | None) -> Iterator[Feed]:
+    """Iterate over calls of the data with about so many samples; None for all."""
     num_samples = 0
     for feed in CalibrationBatches(context, analysis).batches():
         yield feed
         num_samples += count(feed)
-        if num_samples >= samples:
+        if samples is not None and num_samples >= samples:
             return
 
 
-def _alike(left_feeds: tuple[Feed, ...] | None, right_feeds: tuple[Feed, ...] | None) -> bool:
-    if left_feeds is None or right_feeds is None:
-        return left_feeds is right_feeds
-    pairs = zip(left_feeds, right_feeds, strict=False)
-    return len(left_feeds) == len(right_feeds) and all(np.array_equal(a[n], b[n]) for a, b in pairs for n in a)
+def _alike(calls: tuple[Feed, ...] | str | None, others: tuple[Feed, ...] | str | None) -> bool:
+    if not isinstance(calls, tuple) or not isinstance(others, tuple):
+        return calls == others
+    pairs = zip(calls, others, strict=False)
+    return len(calls) == len(others) and all(np.array_equal(a[n], b[n]) for a, b in pairs for n in a)
 
 
 @lru_cache(maxsize=1)
 def _opened(run: WorkerRun) -> Context:
+    calls = run.data if isinstance(run.data, tuple) else ()
     settings = RunSettings(
-        data=None if run.feeds is None else list(run.feeds),
+        data=run.data if not calls else list(calls) if run.is_counted else iter(calls),
+        samples=run.samples,
+        batch_size=run.batch_size,
+        images=run.images,
         seed=run.seed,
         input_shapes=run.input_shapes,
         outputs=run.outputs,
@@ -188,16 +226,40 @@ def evaluate_together(
     return (replace(e, model=replace(e.model, analysis=analysis)) for e in in_workers(_evaluated, trials, jobs))
 
 
-def in_workers(function: Callable[[T], R], arguments: Sequence[T], jobs: int | None) -> Iterator[R]:
-    """Call a function in workers; return its results in order, as they come where joblib's backend gives them so.
+def in_workers(
+    function: Callable[[T], R], arguments: Sequence[T], jobs: int | None, *, ordered: bool = True
+) -> Iterator[R]:
+    """Call a function in workers; return its results as they come where joblib's backend gives them so.
 
     Args:
         function: what workers run.
         arguments: of each call.
         jobs: workers at a time, None for that of ``joblib.parallel_config``, else one.
+        ordered: whether results are in the order of the arguments; else a finished one does not wait for others.
+
+    Raises:
+        UsageError: arguments cannot be sent to another process, or a process ended, as one without memory does.
     """
     try:
-        run = joblib.Parallel(n_jobs=jobs, return_as="generator")
+        run = joblib.Parallel(n_jobs=jobs, return_as="generator" if ordered else "generator_unordered")
     except ValueError:  # the backend of Ray gives all results at the end
         run = joblib.Parallel(n_jobs=jobs)
-    return iter(run(joblib.delayed(function)(argument) for argument in arguments))
+    results: Iterator[R] = iter(())
+    try:
+        results = iter(run(joblib.delayed(function)(one) for one in arguments))
+        for result in results:  # noqa: UP028  # delegating would close the results outside of this block
+            yield result
+    except PicklingError as error:
+        raise UsageError(
+            "the work cannot be sent to other processes: a part of it cannot be pickled",
+            hint=f"Name the metric as script.py:function and give data by a path, or drop {argument('jobs')}.",
+        ) from error
+    except BrokenExecutor as error:
+        raise UsageError(
+            "a process that did part of the work ended before it was done; its memory may not have been enough",
+            hint=f"Give {argument('jobs', 1)}: one process needs the least memory.",
+        ) from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib counts what it cancels
+            getattr(results, "close", lambda: None)()

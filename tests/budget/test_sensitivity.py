@@ -109,9 +109,16 @@ def test_candidates_of_a_budget_are_spread_as_well(backend: str) -> None:
     assert here == 0 and spread == pytest.approx(alone, rel=1e-3, abs=1e-7)
 
 
-def test_a_cluster_of_dask(tmp_path: Path) -> None:
+def swept() -> list[tuple[int, float]]:
+    """MACs and points of the rows of a sweep."""
+    given: dict[str, Any] = {"data": DIGITS, "samples": 48, "recover": "bn", "effort": "quick", "latency": False}
+    facts = op.sweep(MODELS / "recurrent.onnx", targets=(0.8, 0.6), **given)
+    return [(p.macs, p.points) for p in facts.points]
+
+
+def test_a_cluster_of_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
-    alone, losses = measured(cache=tmp_path / "one"), budgeted()[0]
+    alone, losses, rows = measured(cache=tmp_path / "one"), budgeted()[0], swept()
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster),
@@ -119,6 +126,9 @@ def test_a_cluster_of_dask(tmp_path: Path) -> None:
     ):
         spread = measured(cache=tmp_path / "two")
         assert budgeted() == (pytest.approx(losses, rel=1e-3, abs=1e-7), 0)
+        monkeypatch.setattr(budget, "evaluate", None)  # no row is left to this process
+        for row, here in zip(swept(), rows, strict=True):
+            assert row == pytest.approx(here, rel=1e-3)
     for one, other in zip(alone.curves, spread.curves, strict=True):
         assert one.noise == pytest.approx(other.noise, rel=1e-3, abs=1e-7)
 

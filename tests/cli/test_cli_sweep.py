@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import Result
 
 from onnxprune.report.facts import SweepFacts, SweepPoint
@@ -40,9 +41,20 @@ def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
         (("--metric", "x.py"), 2, "script.py:function"),
         (("--models", tmp_path / "file"), 2, "is not a folder"),
         (("--html", MODEL), 2, "is the input file"),
+        (("--jobs", "0"), 2, "--jobs: 0 is not allowed"),
+        (("--jobs", "many"), 2, "--jobs: many is not allowed"),
     ):
         done = run("sweep", MODEL, *arguments)
         assert done.exit_code == code and words in done.stderr, (arguments, done.stderr)
+
+
+def test_the_number_of_processes_reaches_the_api(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr("onnxprune.sweep", lambda model, **options: given.append(options["jobs"]) or facts())
+    for arguments in ((), ("--jobs", "3")):
+        done = run("sweep", MODEL, *arguments, "--json")
+        assert done.exit_code == 0, done.stderr
+    assert given == [None, 3]
 
 
 def facts(*points: tuple[str, int, float]) -> SweepFacts:
