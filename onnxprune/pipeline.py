@@ -436,6 +436,7 @@ class Context:
             seed=run.seed,
             cache=None if run.cache is None else Path(run.cache),
             memory_limit=run.memory_limit,
+            known=KnownOutputs.within(run.memory_limit),
             device=execution,
             stages=stages,
             outputs=checked("outputs", run.outputs),

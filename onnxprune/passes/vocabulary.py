@@ -435,7 +435,7 @@ class _Work:
             analysis=small,
             source=assemble(*outline_bodies(*self.parts)) if loaded.size < _LARGE else context.source,
             calibration=None if calibration is None else calibration.through(small, translate),
-            known=KnownOutputs(),
+            known=KnownOutputs.within(context.memory_limit),
             restriction=Restriction(original, entry),
         )
         sizes = Sizes(

@@ -9,8 +9,9 @@ import pytest
 from runtime_models import mlp, model
 
 from onnxprune.errors import ModelError
+from onnxprune.pipeline import Context, RunSettings
 from onnxprune.runtime.fidelity import KnownOutputs, fidelity, points
-from onnxprune.runtime.sessions import open_session
+from onnxprune.runtime.sessions import Feed, open_session
 
 
 def through(text: str, kind: str = "float[N,3]", out: str = "float[N,3]") -> bytes:
@@ -155,11 +156,42 @@ def test_outputs_of_the_original_are_computed_once(together: bool, monkeypatch: 
     assert fidelity(original, others[0], altered, together=together, known=known) == expected != plain[0]
 
 
+def computed(known: KnownOutputs, *numbers: int) -> list[int]:
+    """Request outputs of 8 bytes for inputs by number; the numbers of those that had to be computed."""
+    calls: list[int] = []
+
+    def compute(feed: Feed) -> Feed:
+        calls.append(int(feed["x"][0]))
+        return {"y": np.float64(feed["x"])}
+
+    for number in numbers:
+        assert known.of({"x": np.array([number])}, compute)["y"] == number
+        assert known.num_bytes <= 24
+    return calls
+
+
 def test_known_outputs_stay_within_their_limit() -> None:
-    known = KnownOutputs(limit=20)
-    known.add({"x": np.zeros(1)}, {"y": np.zeros(2)})
-    known.add({"x": np.ones(1)}, {"y": np.zeros(2)})
-    assert known.get({"x": np.zeros(1)}) is not None and known.get({"x": np.ones(1)}) is None
+    """A cycle through more inputs than there is room for finds those of the first pass; a later stage replaces them."""
+    known = KnownOutputs(limit=24)
+    assert computed(known, *range(5)) == [0, 1, 2, 3, 4]
+    assert computed(known, *range(5)) == computed(known, *range(5)) == [3, 4]
+    assert computed(known, 7, 8, 9) == computed(known, 7, 8, 9) == [7, 8, 9]
+    assert computed(known, 7, 8, 9) == [] and computed(known, 0, 1) == [0, 1] and computed(known, 7, 8, 9) == []
+    assert known.of({"x": np.array([7])}, dict)["y"].flags.writeable is False
+    large, strings = {"y": np.zeros(4)}, {"y": np.array(["a"], dtype=object)}
+    for number, outputs in ((10, large), (11, strings)):
+        for _ in range(3):
+            assert known.of({"x": np.array([number])}, lambda _, outputs=outputs: outputs) is outputs
+    assert known.num_bytes == 24 and computed(known, 7, 8, 9) == []
+
+
+def test_known_outputs_take_a_quarter_of_the_memory() -> None:
+    feed, outputs = {"x": np.zeros(1)}, {"y": np.zeros(2)}
+    for limit, expected in ((63, 0), (64, 16), (None, 16)):
+        known = KnownOutputs.within(limit)
+        known.of(feed, lambda _: outputs)
+        assert known.num_bytes == expected
+    assert Context.of(IDENTITY, RunSettings(memory_limit=1_000_000)).known._limit == 250_000
 
 
 def test_candidates_are_compared_by_more_than_answers_on_a_few_samples() -> None:

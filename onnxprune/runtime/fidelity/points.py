@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
 
 from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
+from onnxprune.runtime.capture import MEMORY
 from onnxprune.runtime.fidelity.figures import Sums, add, finish
 from onnxprune.runtime.fidelity.kinds import Hint, Level, Part, Reading, read_outputs
 from onnxprune.runtime.fidelity.measures import Measure, measure_of
@@ -24,34 +27,82 @@ Outputs = Mapping[str, tuple[str, int | None]]
 _SAMPLES, _BYTES = 64, 64 << 20
 
 _Batch = tuple[Feed, Feed, Feed]
-# Bytes of outputs of the original that a run holds.
-_KNOWN = 128 << 20
+# The largest share of the memory for activations that outputs of the original may take.
+_SHARE = 4
+# Inputs of which the last request is remembered.
+_MAX_REQUESTS = 1 << 16
 
 
 class KnownOutputs:
     """Outputs of one model by inputs: every stage and candidate of a run is compared with the same outputs.
 
+    Where outputs exceed the limit, those that were requested before take the place of those that were not requested
+    since. So a pass over more inputs than there is room for always finds a part of them (the least recently used, if
+    they gave way, would each be gone when their turn comes), and later stages replace the outputs of earlier ones.
+
     Args:
-        limit: bytes of outputs to hold; further ones are computed whenever they are needed.
+        limit: bytes of outputs to hold, 0 or more; further ones are computed whenever they are needed.
     """
 
-    def __init__(self, limit: int = _KNOWN) -> None:
-        self._limit, self._num_bytes = limit, 0
-        self._by_inputs: dict[bytes, Feed] = {}
+    def __init__(self, limit: int = MEMORY // _SHARE) -> None:
+        self._limit, self.num_bytes, self._now = limit, 0, 0
+        self._outputs: OrderedDict[bytes, Feed] = OrderedDict()  # the least recently requested first
+        self._requests: OrderedDict[bytes, int] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def get(self, feed: Feed) -> Feed | None:
-        """Return the outputs for these inputs; None where they are not known."""
-        return self._by_inputs.get(_digest(feed)) if self._by_inputs else None
+    @classmethod
+    def within(cls, memory_limit: int | None) -> KnownOutputs:
+        """Return an empty cache that takes a quarter of a run's bytes for activations; None: of the default."""
+        return cls((memory_limit or MEMORY) // _SHARE)
 
-    def add(self, feed: Feed, outputs: Feed) -> None:
-        """Hold the outputs for these inputs, which must not change from now on, where there is room."""
-        size = sum(value.nbytes for value in outputs.values())
-        if self._num_bytes + size > self._limit or any(value.dtype == object for value in outputs.values()):
+    def of(self, feed: Feed, compute: Callable[[Feed], Feed]) -> Feed:
+        """Return the outputs for these inputs, read-only where they are held.
+
+        Args:
+            feed: the inputs.
+            compute: function from inputs to outputs, called where these are not held.
+        """
+        if not self._limit:
+            return compute(feed)
+        key = _digest(feed)
+        with self._lock:
+            self._now += 1
+            previous = self._requests.pop(key, 0)
+            self._requests[key] = self._now
+            if len(self._requests) > _MAX_REQUESTS:
+                self._requests.popitem(last=False)
+            if key in self._outputs:
+                self._outputs.move_to_end(key)
+                return self._outputs[key]
+        outputs = compute(feed)
+        with self._lock:
+            self._hold(key, outputs, previous)
+        return outputs
+
+    def _hold(self, key: bytes, outputs: Feed, previous: int) -> None:
+        """Hold outputs where there is room, or others were last requested before the ``previous`` request of these."""
+        size = _num_bytes(outputs)
+        if key in self._outputs or size > self._limit or any(value.dtype == object for value in outputs.values()):
             return
+        obsolete: list[bytes] = []
+        room = self._limit - self.num_bytes
+        for other, values in self._outputs.items():
+            if room >= size or self._requests.get(other, 0) >= previous:
+                break
+            obsolete.append(other)
+            room += _num_bytes(values)
+        if room < size:
+            return
+        for other in obsolete:
+            self.num_bytes -= _num_bytes(self._outputs.pop(other))
         for value in outputs.values():
             value.setflags(write=False)
-        self._num_bytes += size
-        self._by_inputs[_digest(feed)] = outputs
+        self._outputs[key] = outputs
+        self.num_bytes += size
+
+
+def _num_bytes(outputs: Feed) -> int:
+    return sum(value.nbytes for value in outputs.values())
 
 
 def _digest(feed: Feed) -> bytes:
@@ -118,12 +169,11 @@ class _Original:
 
     def outputs(self, feed: Feed) -> Feed:
         """Return its outputs for these inputs."""
-        outputs = self._known.get(feed)
-        if outputs is None:
-            self._session = self._session or open_session(self._model)
-            outputs = run(self._session, feed)
-            self._known.add(feed, outputs)
-        return outputs
+        return self._known.of(feed, self._run)
+
+    def _run(self, feed: Feed) -> Feed:
+        self._session = self._session or open_session(self._model)
+        return run(self._session, feed)
 
     def close(self) -> None:
         """Free the memory of its session."""
