@@ -40,7 +40,7 @@ from onnxprune.training.augment import Augmentation
 from onnxprune.training.blocks import Block, blocks_of
 from onnxprune.training.codes import CodedWeight, encoded, with_numbers
 from onnxprune.training.curvature import CALLS, Curvature
-from onnxprune.training.loop import Course, Effort, train
+from onnxprune.training.loop import Course, Effort, Keeper, interruptible, train
 from onnxprune.training.losses import BALANCE, OFFSET, Losses, deviation
 from onnxprune.training.parameters import Head, bottlenecks, trainable, value_to_fit
 from onnxprune.training.step import PROBE, Adam, Parameters, Step, Vector, step_sizes
@@ -599,13 +599,15 @@ class Training:
     def run(self) -> Course:
         """Train as a whole or block by block, or in the way that is better on the hold-out."""
         start = None if self.held_labels is None else self.judgement()
-        effort = self.effort()
+        effort, keeper = self.effort(), self.keeper()
         if self.reconstruction is None:
-            course = self._train_all(effort, self.keeper())
+            course = self._train_all(effort, keeper)
         elif self.settings.blocks == "yes":
-            course = self._by_blocks(effort)
+            course = self._by_blocks(effort, keeper)
         else:
-            course = self._better(effort)
+            course = self._better(effort, keeper)
+        if keeper is not None and course.stopped != "interrupted":
+            keeper.clear()
         end = self.judged.get(dict(course.curve)[course.best]) or self.judgement()
         self.after = end.fidelity
         self.by_labels = [x.by_labels for x in (start, end) if x is not None and x.by_labels is not None]
@@ -635,7 +637,7 @@ class Training:
         self.judged[judgement.distance] = judgement
         return judgement.distance
 
-    def _train_all(self, effort: Effort, keeper: _Checkpoint | None = None) -> Course:
+    def _train_all(self, effort: Effort, keeper: Keeper | None = None) -> Course:
         """Train all weights together."""
         first, balance = self.draw(0), self.balance
         balance[...] = 0
@@ -652,30 +654,39 @@ class Training:
         tell = partial(self.context.tell, self.stage)
         return train(self.step, optimizer, self.parameters, self.draw, self.judge, effort, rate, error, tell, keeper)
 
-    def _by_blocks(self, effort: Effort) -> Course:
+    def _by_blocks(self, effort: Effort, keeper: Keeper | None = None) -> Course:
         """Train one block after the other."""
         assert self.reconstruction is not None
         self.blocks = len(self.reconstruction.blocks)
-        return self.reconstruction.run(effort)
+        return self.reconstruction.run(effort, keeper)
 
-    def _better(self, effort: Effort) -> Course:
+    def _better(self, effort: Effort, keeper: Keeper | None = None) -> Course:
         """Try both ways for a share of the effort, and go on in the better one from the weights that it has made."""
         vector, start = self.parameters.vector, self.parameters.vector.copy()
+        state = {n: v for n, v in _stored(keeper).items() if n.startswith("trial")}
         trials = []
-        for way in (self._train_all, self._by_blocks):
-            vector[:] = start
-            course = way(effort.part(_TRIAL))
+        for k, way in enumerate((self._train_all, self._by_blocks)):
+            trial = {name.removeprefix(f"trial{k}."): value for name, value in state.items()}
+            if "weights" in trial:
+                course, vector[:] = _course_of(trial), trial["weights"]
+            else:
+                vector[:] = start
+                course = way(effort.part(_TRIAL), _part_of(keeper, state))
             trials.append((dict(course.curve)[course.best], course, vector.copy(), way))
             if course.stopped == "interrupted":
                 break
-        _, best, weights, way = min(trials, key=lambda trial: trial[0])
+            state |= {f"trial{k}.{n}": v for n, v in {**_arrays_of(course), "weights": vector.copy()}.items()}
+            if keeper is not None and "weights" not in trial:
+                keeper.save(state)
+        _, best, weights, way = min(trials, key=lambda one: one[0])
         vector[:] = weights
-        self.blocks = 0 if way == self._train_all else self.blocks
+        assert self.reconstruction is not None
+        self.blocks = 0 if way == self._train_all else len(self.reconstruction.blocks)
         spent = sum(course.steps for _, course, _, _ in trials)
         seconds = sum(course.seconds for _, course, _, _ in trials)
         if any(course.stopped == "interrupted" for _, course, _, _ in trials):
             return replace(best, steps=spent, seconds=seconds, stopped="interrupted")
-        last = way(effort.part(1 - _TRIAL * len(trials)))
+        last = way(effort.part(1 - _TRIAL * len(trials)), _part_of(keeper, state))
         return Course(
             steps=spent + last.steps,
             seconds=seconds + last.seconds,
@@ -727,6 +738,7 @@ class Training:
             return None
         words = [*self.key(), context.seed, settings.rate, self.batch, settings.features]
         words += [settings.augment, self.effort(), self.held_labels is not None, self.parameters.shapes, FORMAT]
+        words += [] if self.reconstruction is None else [settings.blocks, self.reconstruction.blocks]
         name = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
         return _Checkpoint(context.cache / f"{self.stage}-{name}.npz", data, self.parameters.vector)
 
@@ -838,32 +850,54 @@ class Reconstruction:
         teacher = Teacher(original, student, fitted, targets, training.samples.draw(0)[0])
         return cls(training, blocks, teacher, fitted)
 
-    def run(self, effort: Effort) -> Course:
-        """Train every block for the same share of an effort, and leave the best weights behind any of them."""
+    def run(self, effort: Effort, keeper: Keeper | None = None) -> Course:
+        """Train every block for the same share of an effort, and leave the best weights behind any of them.
+
+        Args:
+            effort: effort of all blocks together.
+            keeper: where the state is kept, so that an interrupted training goes on within its block.
+        """
         training = self.training
         vector = training.parameters.vector
-        course, best = Course(curve=[(0, training.judge())]), vector.copy()
-        distance = course.curve[0][1]
+        stored = _stored(keeper)
+        if stored:
+            course, first, best = _course_of(stored), int(stored["blocks"]), stored["best"]
+            vector[:] = stored["present"]
+        else:
+            course, first, best = Course(curve=[(0, training.judge())]), 0, vector.copy()
         samples = training.samples.beside(training.split.validation.inputs, training.held_labels)
         held_calls = [training.call(*samples.draw(k), self.teacher) for k in range(_HELD_CALLS)]
-        for k, block in enumerate(self.blocks):
-            part = self._train(block, effort.part(1 / len(self.blocks)), course.steps, held_calls)
-            course.steps, course.seconds = course.steps + part.steps, course.seconds + part.seconds
-            course.losses += part.losses
-            if part.steps:
-                course.curve.append((course.steps, training.judge()))
-                if course.curve[-1][1] < distance:
-                    distance, course.best = course.curve[-1][1], course.steps
-                    best[:] = vector
-            training.context.tell(training.stage, (k + 1) / len(self.blocks))
-            if part.stopped == "interrupted":
-                course.stopped = part.stopped
-                break
+        share = effort.part(1 / len(self.blocks))
+        with interruptible() as interrupted:
+            for k in range(first, len(self.blocks)):
+                state = {**_arrays_of(course), "blocks": np.asarray(k), "present": vector.copy(), "best": best}
+                if not interrupted.is_set():
+                    train_block = self._prepared(self.blocks[k], share, course.steps, held_calls)
+                if interrupted.is_set():
+                    course.stopped = "interrupted"
+                    break
+                part = train_block(_part_of(keeper, state))
+                course.steps, course.seconds = course.steps + part.steps, course.seconds + part.seconds
+                course.losses += part.losses
+                if part.steps:
+                    course.curve.append((course.steps, training.judge()))
+                    if course.curve[-1][1] < dict(course.curve)[course.best]:
+                        course.best = course.steps
+                        best = vector.copy()
+                if part.stopped == "interrupted":
+                    course.stopped = part.stopped
+                    break
+                if keeper is not None:
+                    state |= {**_arrays_of(course), "blocks": np.asarray(k + 1), "present": vector, "best": best}
+                    keeper.save(state)
+                training.context.tell(training.stage, (k + 1) / len(self.blocks))
         vector[:] = best
         return course
 
-    def _train(self, block: Block, effort: Effort, number: int, held_calls: Sequence[Feed]) -> Course:
-        """Train the weights of one block, with all others as they are now.
+    def _prepared(
+        self, block: Block, effort: Effort, number: int, held_calls: Sequence[Feed]
+    ) -> Callable[[Keeper | None], Course]:
+        """Return the training of the weights of one block, with all others as they are now.
 
         Args:
             block: the block.
@@ -877,7 +911,7 @@ class Reconstruction:
         student = replace(training.student, constants=constants, producer={}, readers={})
         graph = training_graph(student, partial(self._loss, block), block.weights, inputs=self._inputs())
         if not graph.gradients:
-            return Course()
+            return lambda keeper: Course()
         parameters = Parameters({n: constants[n] for n in graph.gradients}, _locked(training.model, training.coded))
         step = Step(graph, parameters, training.context.device.threads)
 
@@ -888,10 +922,15 @@ class Reconstruction:
         feeds = (training.samples.draw(k)[0] for k in range(CALLS))
         optimizer = Adam(parameters, sizes, coordinates=Curvature.measured(student, parameters, feeds))
         rate = min(training.settings.rate, _BOLDNESS * doubling)
-        course = train(step, optimizer, parameters, draw, lambda: 100 * step(held_calls), effort, rate)
-        for name, value in parameters.views(parameters.vector).items():
-            present[name][...] = value
-        return course
+
+        def train_block(keeper: Keeper | None) -> Course:
+            judge = lambda: 100 * step(held_calls)  # noqa: E731
+            course = train(step, optimizer, parameters, draw, judge, effort, rate, keeper=keeper)
+            for name, value in parameters.views(parameters.vector).items():
+                present[name][...] = value
+            return course
+
+        return train_block
 
     def _loss(self, block: Block, tape: Tape) -> str:
         """Emit the error of what a block makes; of the head, the loss of the outputs."""
@@ -991,6 +1030,64 @@ class _Checkpoint:
     def clear(self) -> None:
         """Delete the file."""
         self._path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a training: its state is kept beside that of the parts in front of it.
+
+    Attributes:
+        keeper: where the state of all parts is kept.
+        state: the state of the parts in front of it.
+    """
+
+    keeper: Keeper
+    state: Mapping[str, Any]
+
+    def load(self) -> Mapping[str, Any] | None:
+        """Return the state that this part had when the training was broken off; None where it had not begun."""
+        arrays = self.keeper.load() or {}
+        part = {name.removeprefix(_PART): value for name, value in arrays.items() if name.startswith(_PART)}
+        return part or None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep the state, beside that of the parts in front."""
+        self.keeper.save({**self.state, **{f"{_PART}{name}": value for name, value in state.items()}})
+
+    def clear(self) -> None:
+        """Leave the state to the part behind this one, or to the end of the training."""
+
+
+_PART = "part."
+
+
+def _part_of(keeper: Keeper | None, state: Mapping[str, Any]) -> _Part | None:
+    """Return where the state of a part of a training is kept; None where none is."""
+    return None if keeper is None else _Part(keeper, dict(state))
+
+
+def _stored(keeper: Keeper | None) -> Mapping[str, Any]:
+    """Return the state of a training that was broken off; empty where there is none."""
+    return (None if keeper is None else keeper.load()) or {}
+
+
+def _arrays_of(course: Course) -> dict[str, Array]:
+    """Return the course of a training that goes on, as arrays."""
+    return {
+        "counts": np.asarray([course.steps, course.best], np.int64),
+        "seconds": np.asarray(course.seconds),
+        "losses": np.asarray(course.losses, np.float64),
+        "curve": np.asarray(course.curve, np.float64).reshape(-1, 2),
+        "stopped": np.asarray(course.stopped),
+    }
+
+
+def _course_of(arrays: Mapping[str, Any]) -> Course:
+    """Return the course of a training from its arrays."""
+    steps, best = (int(n) for n in arrays["counts"])
+    curve = [(int(a), float(b)) for a, b in arrays["curve"]]
+    losses = [float(x) for x in arrays["losses"]]
+    return Course(steps, float(arrays["seconds"]), losses, curve, best, str(arrays["stopped"]))
 
 
 def distance(facts: Fidelity) -> float:

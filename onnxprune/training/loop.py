@@ -122,7 +122,7 @@ def train(
         guard.look(0)
     start = time.monotonic() - course.seconds
     # Threads of the optimiser's small products would wait for work on the cores that the step needs.
-    with _interruptible() as interrupted, threadpool_limits(limits=1, user_api="blas"):
+    with interruptible() as interrupted, threadpool_limits(limits=1, user_api="blas"):
         while (share := effort.progress(course.steps, time.monotonic() - start)) < 1:
             if interrupted.is_set():
                 course.stopped = "interrupted"
@@ -240,7 +240,7 @@ class _Guard:
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Set an event at the first SIGINT; the second one interrupts as usual. In other threads nothing changes."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -15,7 +15,7 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.graph.probes import InputSpec
-from onnxprune.passes.finetune import _Samples, axes_of_samples
+from onnxprune.passes.finetune import Training, _Samples, axes_of_samples
 
 DATA = {"x": np.random.default_rng(1).standard_normal((192, 3, 8, 8)).astype(np.float32)}
 
@@ -185,6 +185,55 @@ def test_a_training_that_was_interrupted_goes_on_with_the_same_data_alone(tmp_pa
         train({"x": DATA["x"][::-1]})
     second = train()
     assert second.steps == 20 and second.curve == whole.curve and not second.stopped
+    assert not list(tmp_path.glob("finetune-*"))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "draws"),
+    [("yes", (4, 13)), ("auto", (3, 10, 19))],  # within a block and in front of one; in either trial and behind them
+)
+def test_an_interrupted_training_of_blocks_goes_on(
+    blocks: str, draws: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Net(18)
+    x = layers.op("Relu", layers.linear(layers.input("x", ["N", 6]), 6, 4))
+    for _ in range(2):
+        x = layers.op("Add", layers.linear(layers.op("Relu", layers.linear(x, 4, 8)), 8, 4), x)
+    original, calls, stops = layers.model(layers.linear(x, 4, 3)), 0, list[int]()
+    ends: list[int] = []
+    data = {"x": np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)}
+    pruned = op.prune(original, ratio=0.4, criterion="l2", recover="none", latency=False)
+    draw = Training.draw
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(self, *arguments)
+
+    def train(**more: Any) -> Any:
+        nonlocal calls
+        calls = 0
+        given = {"plan": pruned.plan, "data": data, "finetune": 24, "blocks": blocks, **more}
+        return op.finetune(original, pruned.model, **given)
+
+    monkeypatch.setattr(Training, "draw", counted)
+    once = train()
+    steps = once.report.finetuning.steps
+    for stop in draws:
+        stops[:] = [stop]
+        part = train(cache=tmp_path).report.finetuning
+        assert part.stopped == "interrupted" and part.steps < steps
+        with np.load(next(tmp_path.glob("finetune-*"))) as state:
+            ends.append(int(state["blocks"]) if "blocks" in state else sum(n.endswith(".weights") for n in state) - 1)
+    assert ends == ([0, 2] if blocks == "yes" else [0, 1, 2])
+    stops.clear()
+    again = train(cache=tmp_path)
+    one, other = once.report.finetuning, again.report.finetuning
+    assert other.steps == steps and not other.stopped and calls < steps
+    assert other.curve == one.curve and other.losses == one.losses and other.blocks == one.blocks
+    assert again.model.SerializeToString() == once.model.SerializeToString()
     assert not list(tmp_path.glob("finetune-*"))
 
 
