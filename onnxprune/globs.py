@@ -22,7 +22,7 @@ def any_match(names: Iterable[str], patterns: Collection[str]) -> bool:
 
 
 def reason_to_exclude(names: Sequence[str], include: Collection[str], exclude: Collection[str]) -> str:
-    """Return why patterns exclude something with these names.
+    """Return the reason why patterns exclude something with these names.
 
     Args:
         names: its names.

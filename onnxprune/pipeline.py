@@ -62,11 +62,11 @@ Mask = NDArray[np.bool_]
 ModelParts = tuple[onnx.ModelProto, Mapping[str, Weight]]
 """A model without its weights, and the weights by name."""
 
-# -- what a run is given -----------------------------------------------------------------------------------------------
+# -- arguments of a run ------------------------------------------------------------------------------------------------
 
 
 class Calibration:
-    """The user's inputs, opened when first asked for; passes share what an iterator has given.
+    """The user's inputs, opened when first asked for; passes share the items of an iterator.
 
     Args:
         data: see :func:`onnxprune.prune`.
@@ -157,7 +157,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
+        """Time the block as a stage."""
         self.tell(name, 0.0)
         self._log("%s: started", name)
         start, processor = time.perf_counter(), time.process_time()
@@ -483,7 +483,7 @@ class Context:
         return replace(self, analysis=analysis, source=source, rotations=tuple(rotations))
 
     def stage(self, name: str) -> Any:
-        """Time what runs inside, as a stage of that name."""
+        """Time a block as a stage of that name."""
         return self.stages.stage(name)
 
     def tell(self, name: str, fraction: float) -> None:
@@ -491,7 +491,7 @@ class Context:
         self.stages.tell(name, fraction)
 
 
-# -- what passes hand on -----------------------------------------------------------------------------------------------
+# -- models, facts -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -1074,7 +1074,7 @@ class Result:
     def graphsurgeon(self) -> Any:
         """Return the final model as an onnx_graphsurgeon.Graph, to go on with in a script that edits graphs.
 
-        The graph carries what it has no place for (metadata, domain, annotations), see
+        The graph carries the parts that it has no place for (metadata, domain, annotations), see
         :func:`onnxprune.io.interchange.to_graphsurgeon`.
 
         Example:

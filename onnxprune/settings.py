@@ -341,7 +341,7 @@ class Inputs(PathTo):
 
 
 class Conversion(Kind):
-    """How images become arrays."""
+    """A conversion of images to arrays."""
 
     allowed = "an `onnxprune.ImageOptions`"
 
@@ -609,7 +609,7 @@ class CostShares(Kind):
 
 
 class PatternOf(Kind):
-    """Where zeros may lie: anywhere, N of M, or in blocks."""
+    """A pattern of zeros: anywhere, N of M, or in blocks."""
 
     metavar = "PATTERN"
     allowed = "`unstructured`; `2:4` or any N:M, N of M input channels that stay; `4x1` or any block, outputs x inputs"

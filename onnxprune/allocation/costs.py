@@ -355,7 +355,7 @@ class WeightCost:
         return np.asarray(sum(parts, start=np.full(len(counts), float(self._fixed))))[:, None]
 
     def of(self, name: str, elements: Any) -> Any:
-        """Return what so many elements of a weight count, by its name."""
+        """Return the cost of a number of elements of a weight, given its name: their number, or their bytes."""
         if self._what == "params" or name in self._coded:
             return elements
         return _bytes(self._sizes.analysis.graph.weights[name], elements)

@@ -232,7 +232,7 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """Return how far the loss is above the bound, as a share of the loss."""
+        """Return the difference of the loss and its bound, as a share of the loss."""
         return max(0.0, 1.0 - self.bound / self.loss) if self.loss > 0 else 0.0
 
 
@@ -506,7 +506,7 @@ class LossWeights:
         return np.asarray(np.clip(nnls(rows, target)[0], 1 / _WIDEST, _WIDEST))
 
     def gain(self, counts: Counts, weights: Array) -> float:
-        """Return how much less a candidate is predicted to lose than the best so far, as a share of its loss."""
+        """Return the loss that a candidate is predicted to save against the best so far, as a share of its loss."""
         best = float(self._losses[int(np.argmax(self._fine))] @ weights)
         return 1.0 - float(self._of(counts) @ weights) / best if best > 0 else 0.0
 

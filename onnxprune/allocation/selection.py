@@ -389,7 +389,7 @@ def threshold_counts(ranked: Sequence[RankedGroup], rounding: str, add: bool = F
 
 
 def _prefix(cumulated: Ids, target: float, rounding: str) -> int:
-    """Return how many of the steps to remove, given the units removed after each number of them, [steps + 1]."""
+    """Return the number of steps to remove, given the units removed after each number of them, [steps + 1]."""
     return int(np.searchsorted(cumulated, nearest_count(cumulated, target, rounding)))
 
 

@@ -358,7 +358,7 @@ class Analysis:
         return ""
 
     def _stuck(self, label: Label) -> str:
-        """Return why no channel of a label can be removed although each may be; empty where some can."""
+        """Return the reason why no channel of a label can be removed although each may be; empty where some can."""
         groups = [
             self.units.groups[k] for k in np.unique(self.units.group_of[self.units.component[label.ids]]) if k >= 0
         ]

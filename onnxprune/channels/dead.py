@@ -25,7 +25,7 @@ from onnxprune.operators.contractions import Form
 from onnxprune.operators.registry import rule_of
 
 Folding = Callable[[Node, Form], str]
-"""Return why a constant cannot be added to the outputs of a layer; empty where it can."""
+"""Return the reason why a constant cannot be added to the outputs of a layer; empty where it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def find_dead(analysis: Analysis, foldable: Folding) -> DeadUnits:
 
 
 def _spread(units: Units, readers: Sequence[_Layer | _Sum]) -> Mask:
-    """Return which components are read, the smallest set that follows from those that have to stay."""
+    """Return a mask over the components that are read, the smallest set that follows from those that have to stay."""
     is_read = units.frozen | (units.group_of < 0)
     for row in units.atoms.rows:  # rows without a group of their own follow their cells
         is_read[units.component[row.rows]] &= units.frozen[units.component[row.rows]]
@@ -173,7 +173,7 @@ class _Layer:
     refusal: str
 
     def _weighted(self, is_read: Mask) -> Mask:
-        """Return which channels have a weight towards outputs that are read."""
+        """Return a mask over the channels that have a weight towards outputs that are read."""
         towards = self.is_weighted
         for ids in self.output_ids:
             towards = towards & is_read[ids][:, None, :]
@@ -247,7 +247,7 @@ class _Sum:
 
     @staticmethod
     def _marked(operand: list[tuple[Ids, Mask, list[Ids]]], is_read: Mask) -> tuple[Mask, Mask]:
-        """Return which components an operand has, and which are not 0 there."""
+        """Return a mask over the components of an operand, and one over those that are not 0 there."""
         here, marked = np.zeros_like(is_read), np.zeros_like(is_read)
         for ids, nonzero, towards in operand:
             here[ids] = True
@@ -329,7 +329,7 @@ def _layer(
 
 
 def _refusal(node: Node, form: Form, foldable: Folding) -> str:
-    """Return why a constant of a layer's data cannot become a bias."""
+    """Return the reason why a constant of a layer's data cannot become a bias."""
     if not form.is_uniform:
         return "its windows reach beyond the data, where zeros take the place of the constant"
     return foldable(node, form)

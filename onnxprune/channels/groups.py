@@ -221,7 +221,7 @@ def _owner(cells: Ids, owners: Ids, order: Ids, ids: Ids) -> Ids:
 
 
 def _same(rows: Ids) -> NDArray[np.bool_]:
-    """Return which rows hold a single value throughout."""
+    """Return a mask over the rows that hold a single value throughout."""
     return np.asarray((rows == rows[:, :1]).all(axis=1))
 
 
@@ -257,7 +257,7 @@ def _can_differ(units: Units, rows: Ids) -> bool:
 
 
 def _num_removable(units: Units, axis: str) -> int:
-    """Return how many units compete; where rows are asked for, how many rows."""
+    """Return the number of units that compete; where rows are asked for, that of rows."""
     return sum(g.size for g in units.groups if g.prunable and (axis != "heads" or g.kind == "heads"))
 
 

@@ -54,7 +54,7 @@ class LayerFits:
         return self._fits[name]
 
     def refusal(self, name: str) -> str:
-        """Return why a method cannot factorize the layer; empty where it can."""
+        """Return the reason why a method cannot factorize the layer; empty where it can."""
         return METHODS[name].refusal(self.layer.shape)
 
     def candidate_at(self, name: str, ranks: Ranks) -> Candidate:

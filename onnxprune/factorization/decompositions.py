@@ -373,7 +373,7 @@ class Method(ABC):
 
     @abstractmethod
     def refusal(self, shape: Shape) -> str:
-        """Return why kernels of this shape cannot be factorized by this method; empty where they can."""
+        """Return the reason why this method cannot factorize kernels of this shape; empty where it can."""
 
     @abstractmethod
     def limits(self, shape: Shape) -> Ranks:
@@ -453,7 +453,7 @@ class Cp(Method):
     name = "cp"
 
     def refusal(self, shape: Shape) -> str:
-        """Return why CP does not apply: it needs a kernel with positions, and channels to mix."""
+        """Return the reason why CP does not apply: it needs a kernel with positions, and channels to mix."""
         if not shape.wide:
             return "its kernel has one position: use svd"
         return "every factor would have a single channel on one side" if min(shape.inputs, shape.outputs) < 2 else ""
@@ -553,7 +553,7 @@ class SpatialSvd(Method):
     name = "spatial-svd"
 
     def refusal(self, shape: Shape) -> str:
-        """Return why spatial SVD does not apply: it needs two spatial axes."""
+        """Return the reason why spatial SVD does not apply: it needs two spatial axes."""
         return "" if len(shape.wide) > 1 else "its kernel extends along fewer than two axes"
 
     def limits(self, shape: Shape) -> Ranks:
@@ -610,7 +610,7 @@ class Svd(Method):
     name = "svd"
 
     def refusal(self, shape: Shape) -> str:
-        """Return why SVD does not apply: it needs a matrix of two sides."""
+        """Return the reason why SVD does not apply: it needs a matrix of two sides."""
         return "every factor would have a single channel on one side" if min(self.limits(shape)) < 2 else ""
 
     def limits(self, shape: Shape) -> Ranks:
@@ -656,7 +656,7 @@ class Tucker(Method):
     modes = ("in", "out")
 
     def refusal(self, shape: Shape) -> str:
-        """Return why Tucker does not apply: a matrix has no more than two modes, for which SVD is optimal."""
+        """Return the reason why Tucker does not apply: a matrix has two modes at most, for which SVD is optimal."""
         if not shape.wide:
             return "its kernel has one position: use svd"
         return "every part of it has a single channel" if max(shape.inputs, shape.outputs) < 2 else ""

@@ -153,7 +153,7 @@ def _weight_reason(weight: Weight | None) -> str:
 
 
 def _sharing_refusal(graph: Graph, layer: Layer) -> str:
-    """Return why a weight cannot be replaced although each of its recorded nodes could be; empty where it can."""
+    """Return the reason why a weight stays although each of its recorded nodes could be replaced; else empty."""
     readers = [(n.index, i) for n, i in graph.consumers.get(layer.weight, ())]
     layer_nodes = {use.node.index for use in layer.uses}
     if any(index not in layer_nodes or i != layer.position for index, i in readers):

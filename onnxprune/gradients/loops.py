@@ -149,7 +149,7 @@ class _Steps:
         return [names.get(o.name, o.name) for o in self.body.output]
 
     def end(self, states: Sequence[str], rows: Sequence[Sequence[str]]) -> list[NodeProto]:
-        """Add what gives the outputs of the node; return all nodes.
+        """Add the nodes that compute the outputs of the node; return all nodes.
 
         Args:
             states: the last states.

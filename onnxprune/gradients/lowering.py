@@ -87,7 +87,7 @@ def _shifted(t: Tape, node: Node, value: str, channels: int) -> str:
 
 
 def _band(node: Node, kernel: Sequence[int], size: Sequence[int], out: Sequence[int], axis: int) -> np.ndarray:
-    """Return which position each output position reads at each kernel position, [kernel, positions, outputs]."""
+    """Return the position that each output position reads at each kernel position, [kernel, positions, outputs]."""
     before = _pads_before(node, kernel, size, out)[axis]
     stride, dilation = (node.attrs.get(name, [1, 1])[axis] for name in ("strides", "dilations"))
     band = np.zeros((kernel[axis], size[axis], out[axis]), np.float32)

@@ -129,7 +129,7 @@ def _stacked(graph: Graph, node: Node, probe: Probe) -> int | None:
 
 
 def _trips(graph: Graph, end: Node, count: str, condition: str, probe: Probe) -> int | None:
-    """Return how often a Loop runs, where its condition is known to stay true."""
+    """Return the number of runs of a Loop, where its condition is known to stay true."""
     max_trips = probe.values.get(count) if count else None
     if max_trips is None or not _stays_true(graph, end, condition, probe):
         return None
@@ -157,7 +157,7 @@ def _is_true(name: str, probe: Probe) -> bool:
 
 
 def count_repeats(graph: Graph, probe: Probe) -> None:
-    """Record how often every node runs: as often as the Loops and Scans around it, where sizes determine that."""
+    """Count the runs of every node: those of the Loops and Scans around it, where sizes determine them."""
     times, counts = dict[int, int](), dict[int, int]()
     for node in graph.nodes:
         around = graph.around[node.index]
@@ -169,7 +169,7 @@ def count_repeats(graph: Graph, probe: Probe) -> None:
 
 
 def _runs(graph: Graph, node: Node, probe: Probe) -> int | None:
-    """Return how often the body that begins here runs."""
+    """Return the number of runs of the body that begins here."""
     for other in graph.nodes[node.index + 1 :]:
         if other.name != node.name or other.domain != markers.DOMAIN:
             continue

@@ -183,7 +183,7 @@ class Graph:
         return tuple((self.nodes[b.start].inputs[0], b.side) for b in self.around[index] if b.kind == "If")
 
     def record_repeats(self, counts: Mapping[int, int]) -> None:
-        """Record how often nodes run per run of the model.
+        """Record the number of times that nodes run per run of the model.
 
         Args:
             counts: runs by index of the node; all others run once.

@@ -389,7 +389,7 @@ def snp(slot: Slot, maps: Maps) -> NDArray[Any] | None:
 
 
 def _distances(owner: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return which two channels have different owners, [channels, channels]."""
+    """Return a mask over pairs of channels with different owners, [channels, channels]."""
     return np.asarray(owner[:, None] != owner[None, :])
 
 

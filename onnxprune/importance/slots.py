@@ -263,7 +263,7 @@ def _slot(name: str, claim: Claim, array: NDArray[Any], role: list[tuple[str, in
 
 
 def runs_of(flat: Ids, positions: Ids, in_order: Ids) -> int | None:
-    """Return how often all units follow each other ``in_order`` where ``positions`` is one run; else None."""
+    """Return the number of times that all units follow ``in_order`` where ``positions`` is one run; else None."""
     count, remainder = divmod(positions.size, in_order.size)
     start = positions.item(0)
     if remainder or positions.item(-1) - start != positions.size - 1:

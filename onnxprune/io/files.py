@@ -429,7 +429,7 @@ def _finite(text: str) -> float:
 
 
 def _depth(data: Any) -> int:
-    """Return how deeply lists and objects are nested."""
+    """Return the depth to which lists and objects are nested."""
     depth, level = 0, [data]
     while level:
         depth += 1

@@ -32,7 +32,7 @@ DOMAIN = "onnxprune.bodies"
 OPEN, ELSE, END, CLOSE = "BodyOpen", "BodyElse", "BodyEnd", "BodyClose"
 CARRY, SLICE, TIE, STACK, JOIN = "BodyCarry", "BodySlice", "BodyTie", "BodyStack", "BodyJoin"
 CONSTANT = "BodyConstant"
-"""Stands where a large Constant node was, whose value became an initializer."""
+"""A marker in the place of a large Constant node, whose value became an initializer."""
 
 RESULTS = (TIE, STACK, JOIN)
 """Markers inside OPEN and CLOSE whose results lie outside the body."""

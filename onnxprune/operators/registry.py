@@ -410,7 +410,7 @@ class Rule:
         return None
 
     def code(self, node: Node, read: Read) -> Code | None:
-        """Return how the weight is stored that the operator decodes; None where it is not stored as codes of 8 bits.
+        """Return the code of the weight that the operator decodes; None where it is not stored as codes of 8 bits.
 
         Args:
             node: the node.
@@ -524,7 +524,7 @@ class Surroundings(NamedTuple):
 
 
 class Code(NamedTuple):
-    """How an operator stores a weight as codes, for other weights in the same code.
+    """The code in which an operator stores a weight, for other weights in the same code.
 
     Attributes:
         operator: the operator that reads codes, scales and zero points: type, domain, and attributes beside sizes.

@@ -32,7 +32,7 @@ class Treatment(Enum):
 
 
 class Turning(NamedTuple):
-    """How an operator treats turned channels.
+    """The treatment of turned channels by an operator.
 
     Attributes:
         treatment: its treatment of the channels.
@@ -116,7 +116,7 @@ _MICROSOFT = {
 
 
 def turning_of(node: Node) -> Turning | None:
-    """Return how a node treats turned channels; None for an operator that works on them one by one, or moves them."""
+    """Return the treatment of turned channels by a node; None for an operator that takes them singly or moves them."""
     table = {"": _STANDARD, "com.microsoft": _MICROSOFT}.get(node.domain, {})
     return table.get(node.op)
 

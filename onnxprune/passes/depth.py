@@ -155,7 +155,7 @@ class Shortening:
         return [known[item.tensor] for item in plan.branches]
 
     def num_to_remove(self, amount: float) -> int:
-        """Return how many branches go.
+        """Return the number of branches to remove.
 
         Raises:
             BudgetError: there are none, or not so many.
@@ -197,7 +197,7 @@ class Shortening:
             yield removed[-1]
 
     def measure_alone(self, least: int, ahead: int = 0) -> Measure:
-        """Measure what the outputs lose without each branch alone; return the measure for several together.
+        """Measure the loss of the outputs without each branch alone; return the measure for several together.
 
         Args:
             least: number of branches to measure where the effort allows fewer, those of the most similar sums first.

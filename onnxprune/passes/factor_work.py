@@ -206,7 +206,7 @@ _EXCLUDED = f"{Reason.EXCLUDED}: by its name"
 
 
 def _refusal(model: Prepared, layer: Layer, methods: Sequence[str]) -> str:
-    """Return why a layer cannot be factorized, so that nothing is captured for it."""
+    """Return the reason why a layer cannot be factorized, so that nothing is captured for it."""
     whys = [METHODS[name].refusal(layer.shape) for name in methods]
     if all(whys):
         return next(iter(whys), "no ratio or rank was given for this layer")

@@ -146,7 +146,7 @@ class JointBudget:
         }
 
     def _explain(self, slower: frozenset[tuple[str, str]]) -> None:
-        """Record why layers stay whole."""
+        """Record the reasons why layers stay whole."""
         for one in self.layer_fits:
             name = one.layer.name
             self._choices.reasons.pop(name, None)

@@ -217,7 +217,7 @@ class Prune(Pass, Options):
 
 
 def reasons(analysis: Analysis) -> str:
-    """Return why nothing can be pruned, for a hint."""
+    """Return the reasons why nothing can be pruned, for a hint."""
     shapeless = [spec.name for spec in analysis.facts.settler.dimensions.specs if not spec.shape and not spec.scalar]
     if shapeless:
         return (
@@ -400,7 +400,7 @@ def _layer_facts(model: Model, selector: Selector | None) -> list[LayerFacts]:
 
 
 def _reasons(analysis: Analysis, selector: Selector) -> dict[str, str]:
-    """Return why layers were left out of the choice, by their names."""
+    """Return the reasons why layers were left out of the choice, by their names."""
     excluded = {n.label for i, ratio in selector.ratios.items() if ratio is None for n in analysis.producers.get(i, ())}
     reasons = dict.fromkeys(excluded, f"{Reason.EXCLUDED}: by its name")
     return reasons | {n.label: why for i, why in selector.excluded.items() for n in analysis.producers.get(i, ())}

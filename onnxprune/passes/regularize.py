@@ -254,7 +254,7 @@ def penalized_units(analysis: Analysis, training: Training) -> Units:
 
 
 def _slices(analysis: Analysis, owner: Ids, name: str, training: Training) -> list[Slice]:
-    """Return where units lie in one weight; none where 0 would mean something else to one of its readers."""
+    """Return the places of units in one weight; none where 0 would mean something else to one of its readers."""
     graph, stored = analysis.graph, analysis.copies.get(name, name)
     shape = training.parameters.shapes.get(stored)
     if name not in graph.weights or shape is None:

@@ -102,7 +102,7 @@ def _cut(analysis: Analysis) -> tuple[Analysis, NDArray[np.bool_], ModelParts]:
 
 
 def describe_dead(analysis: Analysis, dead: DeadUnits) -> DeadChannels:
-    """Return how many units are dead, how many of them go, and why others stay."""
+    """Return the number of dead units, that of the removed ones, and the reasons why others stay."""
     reasons = {name: f"{count} constant: {why}" for name, (count, why) in dead.reasons.items()}
     total = sum(group.size for group in analysis.units.groups if group.prunable)
     return DeadChannels(total, dead.num_dead, dead.num_selected, sum(f.channels.size for f in dead.folds), reasons)

@@ -195,7 +195,7 @@ class _Work:
             _refuse(self.scan, self.reasons, self.request)
 
     def _counts(self, pattern: Pattern, progress: float, scorer: _Scorer) -> dict[str, int]:
-        """Return how many blocks become 0 in every layer, by name."""
+        """Return the number of blocks that become 0 in every layer, by name."""
         request = self.request
         if pattern.nonzero:
             return dict.fromkeys((layer.name for layer in self.layers), 0)
@@ -353,7 +353,7 @@ def scan_layers(analysis: Analysis, model: Prepared) -> LayerScan:
 
 
 def _why_not(layer: SparseLayer, request: Request, model: Prepared) -> str:
-    """Return why a layer is left out; empty where it is taken."""
+    """Return the reason why a layer is left out; empty where it is not."""
     if request.is_excluded(layer.names):
         return _EXCLUDED
     if layer.default_reason and not request.is_named(layer.names):

@@ -180,7 +180,7 @@ def _counted(layers: Iterable[SparseLayer], weights: Mapping[str, Weight]) -> Ze
 
 
 def _advice(device: str, records: Sequence[SparsifiedLayer], layers: Mapping[str, SparseLayer]) -> str:
-    """Return why the zeros bring no speed on a device; empty where they do."""
+    """Return the reason why the zeros bring no speed on a device; empty where they do."""
     patterned = [record for record in records if record.pattern]
     if not patterned:
         return ""

@@ -146,7 +146,7 @@ class Branches:
         return Branch(node.inputs[i], node.label, others[0], result, frozenset(nodes), labels, weights, macs, params)
 
     def _explain_shared(self, node: Node, i: int, others: Sequence[str], exclusive: Collection[int]) -> None:
-        """Record why an addend with layers of its own cannot go alone: f(x) of x + f(x), and of g(x) + f(x)."""
+        """Record the reason why an addend with layers cannot go alone: f(x) of x + f(x), and of g(x) + f(x)."""
         tensor = node.inputs[i]
         before, beside = self._bits_before(tensor), 0
         for name in others:
@@ -165,7 +165,7 @@ class Branches:
             self.reasons[tensor], self.fixed[tensor] = why, branch
 
     def _reader_beside(self, nodes: Collection[int], exclusive: Collection[int], edge: tuple[int, int]) -> str | None:
-        """Return what else needs a result of some nodes, the last of them that something else does need."""
+        """Return the further reader of a result of some nodes, of the last node that has one; None without any."""
         graph, around = self.graph, self.graph.around
         for index in sorted(set(nodes) - set(exclusive), reverse=True):
             for name in filter(None, graph.nodes[index].outputs):
@@ -189,7 +189,7 @@ class Branches:
         return self._before.get(name, self._bits.get(name, 0))
 
     def _why_cache_stays(self, caches: Sequence[Cache], nodes: Collection[int]) -> str | None:
-        """Return why a cache cannot go with some nodes; None where all can."""
+        """Return the reason why a cache cannot go with some nodes; None where all can."""
         for cache in caches:
             within = {*nodes, *self._aside}
             others = [n for n, _ in self.graph.consumers.get(cache.past, ()) if n.index not in within]

@@ -42,7 +42,7 @@ def no_steps(_: str) -> Steps:
 
 @dataclass(slots=True)
 class Holding:
-    """Record which tensors are held equal between two models.
+    """A record of the tensors that are held equal between two models.
 
     Args:
         reference: the model whose values are held.

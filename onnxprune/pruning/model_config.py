@@ -286,6 +286,6 @@ def _state_head_size(block: dict[str, Any], after: Sizes) -> None:
 
 
 def target_of(path: Path, output: Path) -> Path:
-    """Return where the configuration of a model is written: beside it, under its name, never over the original."""
+    """Return the path for the configuration of a model: beside it, under its name, never over the original."""
     beside = output.with_name(path.name)
     return output.with_name(f"{output.stem}.{path.name}") if beside.resolve() == path.resolve() else beside

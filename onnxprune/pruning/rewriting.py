@@ -499,7 +499,7 @@ class _State:
             self._blend(node, i, target, old, current)
 
     def _dynamic(self, old: list[Any], target: tuple[int, ...]) -> NDArray[np.bool_] | None:
-        """Return which entries of a computed operand differ between the probes; None where none of it is known."""
+        """Return a mask over entries of a computed operand that differ between probes; None where none are known."""
         if any(v is None or v.shape != (len(target),) for v in old):
             return None
         return np.asarray(old[0] != old[-1])

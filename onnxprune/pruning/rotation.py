@@ -66,7 +66,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where the second moments of a stream are taken.
+    """The place where the second moments of a stream are measured.
 
     Attributes:
         tensors: tensors whose sum is read, activations of the model.
@@ -263,7 +263,7 @@ class _Walk:
                 raise CannotTurn(f"{node.op} {node.label!r} works on its channels one by one")
 
     def _handler(self, node: Node) -> Callable[[Node], None] | None:
-        """Return what looks at a node; None for an operator that is not linear."""
+        """Return the method that handles a node; None for an operator that is not linear."""
         if any(n in self._squares for n in node.inputs):
             return self._read_squares
         if _is_square(self._analysis, node):
@@ -596,7 +596,7 @@ def _contracted(node: Node, ranks: Sequence[int]) -> list[set[int]]:
 
 
 def _turning(node: Node) -> Turning:
-    """Return how a node treats turned channels, which is known."""
+    """Return the treatment of turned channels by a node, which is known."""
     turning = turning_of(node)
     assert turning is not None
     return turning

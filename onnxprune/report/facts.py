@@ -339,7 +339,7 @@ class Latency:
 
     @property
     def speedup(self) -> float:
-        """Return how many times as fast the final model is: the median of the pairs, else the ratio of the medians."""
+        """Return the speed in multiples of the original's: the median of the pairs, else the ratio of the medians."""
         if self.paired is not None:
             return self.paired
         return self.before_ms / self.after_ms if self.after_ms else float("nan")
@@ -866,7 +866,7 @@ class Report:
         return Note(f"a smaller {argument('ratio')}, or {argument('max_drop', 2)} to find how much can be removed")
 
     def shortfall(self, min_fidelity: float | None = None, max_drop: float | None = None) -> str:
-        """Return which gate is not met and why, empty where all are met.
+        """Return the gate that is not met and the reason; empty where all are met.
 
         Args:
             min_fidelity: points above 1, or the centred cosine that every output needs; None: no limit.

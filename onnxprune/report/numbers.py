@@ -47,7 +47,7 @@ def removed(before: float, after: float) -> str:
 
 
 def less(before: float, after: float) -> str:
-    """Return how much less there is, as text: ``43.8 % less``, ``2.0 % more``, ``the same``."""
+    """Return a reduction as text: ``43.8 % less``, ``2.0 % more``, ``the same``."""
     if before == after or before <= 0:
         return "the same" if before == after else DASH
     share = 100 * (before - after) / before
@@ -159,7 +159,7 @@ def _numbered(names: Sequence[str], shown: Sequence[str], width: int) -> list[st
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names by which things can be told apart: those that occur more than once are numbered, ``/Conv (2)``."""
+    """Return names that tell things apart: those that occur more than once are numbered, ``/Conv (2)``."""
     total, met = Counter(names), Counter[str]()
     result = []
     for name in names:
@@ -169,7 +169,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def readable(names: Sequence[str]) -> list[str]:
-    """Names by which things can be told apart, without the scopes that all of them share."""
+    """Return names that tell things apart, without the scopes that all of them share."""
     return distinct(stripped(names))
 
 

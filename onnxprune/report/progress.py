@@ -119,7 +119,7 @@ class Lines:
             self._write(f"{stage} ...")
 
     def tick(self) -> None:
-        """Write how far the longest open stage is that knows, and which stage within it is under way."""
+        """Write the share of the longest open stage that knows it, and the stage within that is under way."""
         with self._lock:
             stages = list(self._open.items())
         if not stages:

@@ -236,7 +236,7 @@ def _home(layer: LayerFacts, groups: Sequence[Mapping[str, Any]]) -> Mapping[str
 
 
 def _constraint(layer: LayerFacts, group: Mapping[str, Any], round_to: int | str) -> str:
-    """Return why a group that may be cut was cut less: its steps, ``--round-to``, the last unit."""
+    """Return the reason why a group that may be cut was cut less: its steps, ``--round-to``, the last unit."""
     size = int(group.get("size", layer.channels_before))
     steps = int(group.get("steps", size))
     if layer.channels_after == 1 or steps == 1:

@@ -124,7 +124,7 @@ def untouched(layer: LayerFacts) -> bool:
 
 
 def reason(layer: LayerFacts) -> str:
-    """Return why the layer is unchanged, including its own size as a reason."""
+    """Return the reason why the layer is unchanged; its own size may be one."""
     return layer.reason or (Reason.SINGLE if layer.channels_before <= 1 and untouched(layer) else "")
 
 
@@ -198,7 +198,7 @@ def latency_note(latency: Latency | None) -> Text | None:
 
 
 def flushed(values: int) -> list[Text]:
-    """One line where weights were subnormal: how many are 0 now."""
+    """Render the number of subnormal weights that were set to 0; no line without any."""
     if not values:
         return []
     what = "weight" if values == 1 else "weights"

@@ -53,7 +53,7 @@ class ImageOptions:
     order: str = "rgb"
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
+        """Check the options that can be checked without a model."""
         for name, value, allowed in (("layout", self.layout, LAYOUTS), ("pixel order", self.order, ORDERS)):
             if value is not None and value not in allowed:
                 raise UsageError(f"{name} {value!r} of the images is unknown", hint=nearest(value, allowed))

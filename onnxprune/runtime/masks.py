@@ -1,4 +1,4 @@
-"""Which positions of a call are data, and which are padding that an attention mask among the inputs leaves out."""
+"""Padding: positions of a call that an attention mask among the inputs leaves out, and those of data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Padding:
         return any(not mask.all() for mask in self._counted.values())
 
     def rows(self, shape: Sequence[int]) -> NDArray[np.bool_] | None:
-        """Return which rows are no padding, [rows], bool; None where no mask fits, so that all are.
+        """Return a mask over rows, True where there is no padding, [rows], bool; None where no mask fits: all are data.
 
         Args:
             shape: sizes of the rows' axes, in order: (samples, positions, ...), or the product of both alone.
@@ -49,7 +49,7 @@ class Padding:
         return None
 
     def counted(self, shape: Sequence[int], channels: Sequence[int] = ()) -> NDArray[np.bool_] | None:
-        """Return which positions of an array are no padding, a mask that broadcasts; None where no mask fits.
+        """Return a mask that broadcasts, True at positions that are no padding; None where no mask fits.
 
         Args:
             shape: shape of an array with samples along its first axis, or samples and positions together.
@@ -135,7 +135,7 @@ def _position_axis(shape: Sequence[int], positions: int, channels: Sequence[int]
 
 
 def counted_rows(feed: Feed, shape: Sequence[int]) -> NDArray[np.bool_] | None:
-    """Return which rows are no padding, [rows], bool; None where no mask among the inputs fits, so that all are.
+    """Return a mask over rows, True where there is no padding, [rows], bool; None where no mask fits: all are data.
 
     Args:
         feed: one call of the model.

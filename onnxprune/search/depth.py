@@ -1,4 +1,4 @@
-"""Which residual branches go within a budget: a knapsack over branches and channels, whose sets of branches compete."""
+"""Remove residual branches within a budget: a knapsack over branches and channels, whose sets of branches compete."""
 
 from __future__ import annotations
 

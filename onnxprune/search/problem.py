@@ -45,7 +45,7 @@ Solve = Callable[[Choices, Sequence[Limit]], Allocation | None]
 Curves = Mapping[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 TOLERANCE = {"latency": 0.05}
-"""Return the share by which a cost may exceed its limit; 0.02 for costs that can be counted."""
+"""Share by which a cost of a kind may exceed its limit; 0.02 for costs that can be counted."""
 _COUNTED = 0.02
 _CORRECTIONS = 7
 
@@ -358,7 +358,7 @@ def _costs_nothing(kind: str) -> UsageError:
 
 
 def tolerance(kind: str) -> float:
-    """Return how far above its limit a measured cost of that kind may be, as a share."""
+    """Return the share by which a measured cost of that kind may exceed its limit."""
     return TOLERANCE.get(kind, _COUNTED)
 
 

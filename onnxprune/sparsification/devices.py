@@ -74,7 +74,7 @@ DEVICES: dict[str, ZeroKernels] = {
 
 
 def advice(device: str, pattern: Pattern, channels: int) -> str:
-    """Return why a pattern brings no speed on a device, with what would; empty where it does.
+    """Return the reason why a pattern brings no speed on a device, and a pattern that would; empty where it does.
 
     Args:
         device: its name.

@@ -1,4 +1,4 @@
-"""Layers whose weights may become sparse: the weight as a matrix, and why others are left out."""
+"""Layers whose weights may become sparse: the weight as a matrix, and the reasons why others are left out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SparseLayer:
         return self.node.label, self.source.root
 
     def ordered(self, columns: Real, axis: int = 1) -> Real:
-        """Return what lies along the form's columns in the order of the matrix."""
+        """Return an array over the form's columns in the order of the matrix."""
         return columns if self._order is None else columns.take(self._order, axis=axis)
 
     def read(self, weights: Mapping[str, Weight]) -> Real:
@@ -92,7 +92,7 @@ class SparseLayer:
         self.source.write(weights, np.asarray(restored, np.float64), np.ones(()))
 
     def misfit(self, pattern: Pattern) -> str:
-        """Return why the pattern does not fit; empty where it does."""
+        """Return the reason why the pattern does not fit; empty where it does."""
         why = pattern.misfit(self.channels, self.shape[2])
         return f"{UNFIT}{why}" if why else ""
 

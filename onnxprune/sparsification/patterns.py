@@ -86,7 +86,7 @@ class Pattern:
         return self.group if self.nonzero else self.inputs
 
     def misfit(self, channels: int, outputs: int) -> str:
-        """Return why the pattern does not fit a matrix with so many input channels and outputs per part; else empty."""
+        """Return the reason why the pattern does not fit so many input channels and outputs per part; else empty."""
         if channels % self.width:
             return f"its {channels} input channels are no multiple of {self.width}"
         return f"its {outputs} outputs are no multiple of {self.outputs}" if outputs % self.outputs else ""
@@ -114,7 +114,7 @@ class Pattern:
         return np.repeat(np.repeat(blocks, self.inputs, axis=1), self.outputs, axis=2)
 
     def zeros(self, scores: Real, count: int, *, per_output: bool = False) -> Mask:
-        """Return where to put zeros: the ``count`` blocks of the lowest scores, or what N:M leaves of every group.
+        """Return a mask over the zeros: the ``count`` blocks of the lowest scores, or the lowest of every N:M group.
 
         Args:
             scores: [parts, n, o].

@@ -208,7 +208,7 @@ class Classes(Measure):
         return not self.dense and not self.broken
 
     def lost(self) -> str:
-        """Return how often the class is another one, as text."""
+        """Return the number of times that the class is another one, as text."""
         what = "positions" if self.dense else "samples"
         if self.agree == self.rows:
             return f"same class for all {self.rows} {what}, other probabilities"
