@@ -161,7 +161,7 @@ def gradients_of(feed: Feed, kind: str) -> tuple[float, NDArray[np.float32]]:
     teacher = Teacher(original, student, [head] if is_head else [], {} if is_head else {tensor: []}, feed)
     name, counted = teacher.names[tensor], teacher.counted[tensor]
     if is_head:
-        losses = Losses(student, {head: name}, {}, {}, teacher.counted)
+        losses = Losses({head: name}, {}, {}, teacher.counted)
         training = training_graph(student, losses.emit, SCALED, inputs=teacher.inputs)
     else:
         training = training_graph(student, lambda t: deviation(t, tensor, name, counted), SCALED, inputs=teacher.inputs)

@@ -569,7 +569,6 @@ class Training:
         known = {} if labels is None else _labelled(fitted, student, labels)
         user_loss = None if settings.loss is None else _OwnLoss(settings.loss, student, weights, fitted, names)
         losses = Losses(
-            student,
             {h: names[h.tensor] for h in fitted},
             {n: names[n] for n in steps},
             {} if user_loss is not None else {h: n for h, (n, _) in known.items()},
@@ -939,7 +938,7 @@ class Reconstruction:
             return deviation(tape, block.target, names[block.target], counted.get(block.target, ""))
         labels = {head: name for head, (name, _) in self.training.labels.items()}
         heads = {h: names[h.tensor] for h in self.fitted}
-        return Losses(self.training.student, heads, {}, labels, counted).emit(tape)
+        return Losses(heads, {}, labels, counted).emit(tape)
 
     def _inputs(self) -> Mapping[str, tuple[Sequence[int], Any]]:
         """Return the inputs that losses read: shape and type by name."""
@@ -1160,7 +1159,7 @@ class Teacher:
     ) -> None:
         tape = Tape(original.shapes, original.kinds, "teacher")
         self.names: dict[str, str] = {}
-        sources = {head.tensor: value_to_fit(tape, original, head) for head in fitted} | {name: name for name in steps}
+        sources = {head.tensor: value_to_fit(tape, head) for head in fitted} | {name: name for name in steps}
         for name, value in sources.items():
             for axis, index in steps.get(name, ()):
                 shape = list(tape.shape(value))

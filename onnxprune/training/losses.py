@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 from onnxprune.gradients.backward import Loss
-from onnxprune.gradients.static import StaticGraph
 from onnxprune.gradients.tape import Tape
 from onnxprune.training.parameters import Head, value_to_fit
 
@@ -24,7 +23,6 @@ class Losses:
     """Terms of the loss of a training step.
 
     Attributes:
-        graph: the graph that is trained.
         heads: tensors to fit, and the input with the original's value of each.
         features: tensors on the way, and the input with the original's value of each.
         labels: head -> input with the labels: one row of 0 and 1 per row of scores, or values.
@@ -34,7 +32,6 @@ class Losses:
         user_gradients: tensors of a loss that the user computes, each with the input of its gradient; empty without.
     """
 
-    graph: StaticGraph
     heads: Mapping[Head, str]
     features: Mapping[str, str]
     labels: Mapping[Head, str]
@@ -62,7 +59,7 @@ class Losses:
 
     def _distance(self, tape: Tape, head: Head, target: str) -> str:
         """Return how far a head is from the original's."""
-        values, counted = value_to_fit(tape, self.graph, head), self.counted.get(head.tensor, "")
+        values, counted = value_to_fit(tape, head), self.counted.get(head.tensor, "")
         if head.logits:
             return surprise(tape, values, target, counted)
         if head.axis is None:

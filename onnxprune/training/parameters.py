@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -154,12 +154,14 @@ class Head:
         output: the model output that it decides.
         axis: axis of scores of classes that exclude each other; None where the values themselves are fitted.
         logits: tensor with the logits where every value is a probability by itself; empty where none is.
+        positions: flat positions of the values among the logits; None where all are at their places.
     """
 
     tensor: str
     output: str
     axis: int | None = None
     logits: str = ""
+    positions: Array | None = field(default=None, compare=False, repr=False)
 
 
 def heads(graph: StaticGraph, weights: Iterable[str], by_parts: bool = False) -> list[Head]:
@@ -189,9 +191,7 @@ def heads(graph: StaticGraph, weights: Iterable[str], by_parts: bool = False) ->
             if maker is None or name in weight_tensors:
                 continue
             if graph.is_float(name) and name in reached:
-                parts = _parts(graph, name, output, reached) if by_parts else []
-                if not any(h.logits or h.axis is not None for h in parts):
-                    parts = [_before_softmax(graph, name, output)]
+                parts = _parts(graph, name, output, reached, by_parts)
                 result.update({head.tensor: head for head in parts if head.tensor not in result})
                 continue
             new = [i for i in maker.inputs if i and i not in visited]
@@ -209,29 +209,15 @@ def _sized_by_values(graph: StaticGraph) -> set[str]:
     return result
 
 
-def _before_softmax(graph: StaticGraph, name: str, output: str) -> Head:
-    """Return the scores in front of a softmax that nothing but reshaping follows; else the tensor itself."""
-    current = name
-    while (node := graph.producer.get(current)) is not None:
-        rule = rule_of(node)
-        axis = rule.score_axis(node, len(graph.shapes[node.inputs[0]]))
-        if axis is not None:
-            return Head(node.inputs[0], output, axis)
-        moves = rule.moves
-        if moves is None or not moves.keeps_all or not graph.is_float(node.inputs[0]):
-            break
-        current = node.inputs[0]
-    return Head(name, output)
-
-
-def _parts(graph: StaticGraph, name: str, output: str, reached: Collection[str]) -> list[Head]:
-    """Return the tensors that operators which compute nothing make a tensor of.
+def _parts(graph: StaticGraph, name: str, output: str, reached: Collection[str], by_parts: bool) -> list[Head]:
+    """Return what is fitted in place of a tensor: the scores, logits and values that it only moves; else itself.
 
     Args:
         graph: the graph.
         name: the tensor.
         output: the output that it decides.
         reached: tensors that depend on weights.
+        by_parts: whether tensors that are joined or selected count as well, and logits.
     """
     result: list[Head] = []
     joined, visited = [name], {name}
@@ -244,19 +230,28 @@ def _parts(graph: StaticGraph, name: str, output: str, reached: Collection[str])
             if axis is not None and part == current:
                 result.append(Head(node.inputs[0], output, axis))
                 break
-            if moves is Move.JOIN:
+            if moves is Move.JOIN and by_parts:
                 joined += [i for i in node.inputs if i not in visited]
                 visited.update(node.inputs)
                 break
-            if moves is None or moves is Move.REPEAT:
-                logits = node.inputs[0] if rule.logistic else ""
-                is_traced = part == current or (logits and _positions(graph, part, current) is not None)
-                result.append(Head(part, output, logits=logits if is_traced else ""))
+            if moves is None or not (moves.keeps_all or (moves is Move.SELECT and by_parts)):
+                result.append(_part(graph, part, current, output) if by_parts else Head(part, output))
                 break
             # A selection stays on the way, since what it drops decides nothing.
             part = node.inputs[0] if moves.keeps_all and part == current else part
             current = node.inputs[0]
-    return result
+    return result if any(h.axis is not None or h.logits for h in result) else [Head(name, output)]
+
+
+def _part(graph: StaticGraph, part: str, current: str, output: str) -> Head:
+    """Return what is fitted of a tensor that moves the values of another one, which an operator computes."""
+    node = graph.producer[current]
+    if not rule_of(node).logistic:
+        return Head(part, output)
+    if part == current:
+        return Head(part, output, logits=node.inputs[0])
+    positions = _positions(graph, part, current)
+    return Head(part, output) if positions is None else Head(part, output, logits=node.inputs[0], positions=positions)
 
 
 def _positions(graph: StaticGraph, name: str, source: str) -> Array | None:
@@ -278,25 +273,17 @@ def _positions(graph: StaticGraph, name: str, source: str) -> Array | None:
     return value
 
 
-def value_to_fit(tape: Tape, graph: StaticGraph, head: Head) -> str:
+def value_to_fit(tape: Tape, head: Head) -> str:
     """Emit what is fitted of a head: its tensor, or the logits of its values.
 
     Args:
-        tape: the tape.
-        graph: its graph.
+        tape: a tape of the graph, or of one with the same tensors to fit.
         head: the head.
     """
-    if not head.logits:
-        return head.tensor
-    name = head.tensor
-    while head.logits not in graph.producer[name].inputs:
-        name = graph.producer[name].inputs[0]
-    if name == head.tensor:
-        return head.logits
-    positions = _positions(graph, head.tensor, name)
-    assert positions is not None
-    flat = tape.reshape(head.logits, [prod(graph.shapes[name])])
-    return tape.emit("Gather", [flat, tape.constant(positions)], positions.shape, axis=0)
+    if head.positions is None:
+        return head.logits or head.tensor
+    flat = tape.reshape(head.logits, [prod(tape.shape(head.logits))])
+    return tape.emit("Gather", [flat, tape.constant(head.positions)], head.positions.shape, axis=0)
 
 
 def bottlenecks(graph: StaticGraph) -> list[str]:

@@ -59,7 +59,7 @@ def test_losses_equal_their_formulas() -> None:
     own = value_of(graph, lambda t: deviation(t, head.tensor, "wanted"), feed, (16, 3))
     assert own == pytest.approx(((scores - wanted) ** 2).sum() / (wanted**2).sum(), rel=1e-4)
     classes = np.eye(3, dtype=np.float32)[RNG.integers(0, 3, 16)]
-    losses = Losses(graph, {head: "wanted"}, {}, {head: "wanted"}, weight=1.0)
+    losses = Losses({head: "wanted"}, {}, {head: "wanted"}, weight=1.0)
     own = value_of(graph, losses.emit, {"x": X, "wanted": classes}, (16, 3))
     assert own == pytest.approx(-(classes * np.log(softmax(scores))).sum(1).mean(), rel=1e-4)
 
@@ -132,7 +132,7 @@ def distilled(
     (head,) = heads(student, student.variables)
     target = RNG.standard_normal((16, 3)).astype(np.float32)
     names, _ = trainable(student)
-    losses = Losses(student, {head: "wanted"}, {}, {})
+    losses = Losses({head: "wanted"}, {}, {})
     inputs = {"wanted": ((16, 3), np.dtype(np.float32))}
     training = training_graph(student, losses.emit, names, inputs=inputs)
     parameters = Parameters({n: student.constants[n] for n in training.gradients})
@@ -261,7 +261,7 @@ def test_steep_weights_get_small_steps() -> None:
     graph = static(net.model(y), {"x": X})
     (head,) = heads(graph, graph.variables)
     inputs = {"wanted": ((16, 5), np.dtype(np.float32))}
-    training = training_graph(graph, Losses(graph, {head: "wanted"}, {}, {}).emit, trainable(graph)[0], inputs=inputs)
+    training = training_graph(graph, Losses({head: "wanted"}, {}, {}).emit, trainable(graph)[0], inputs=inputs)
     parameters = Parameters({n: graph.constants[n] for n in training.gradients})
     call = {"x": X, "wanted": RNG.standard_normal((16, 5)).astype(np.float32)}
     start = parameters.vector.copy()
@@ -284,9 +284,11 @@ def test_a_detector_is_fitted_by_its_boxes_and_the_logits_of_its_scores() -> Non
     assert [h.tensor for h in heads(graph, graph.variables)] == [y]
     fitted = {bool(h.logits): h for h in heads(graph, graph.variables, by_parts=True)}
     assert len(fitted) == 2 and graph.shapes[fitted[False].tensor] == (3, 4, 4)
-    shape = graph.shapes[fitted[True].tensor]
+    shape, positions = graph.shapes[fitted[True].tensor], fitted[True].positions
+    assert positions is not None and positions.shape == shape and len(np.unique(positions)) == positions.size
+    assert fitted[False].positions is None and fitted[True] == replace(fitted[True], positions=None)
     wanted = RNG.standard_normal(shape).astype(np.float32)
-    losses = Losses(graph, {fitted[True]: "wanted"}, {}, {})
+    losses = Losses({fitted[True]: "wanted"}, {}, {})
     own = value_of(graph, losses.emit, {"x": data, "wanted": wanted}, shape)
     logits = np.concatenate([data @ graph.constants[w] for w in graph.variables], 1)[:, :, 4:]
     logits = logits if logits.shape == shape else logits.transpose(1, 0, 2)
@@ -318,7 +320,7 @@ def test_steps_along_the_axes_of_the_inputs_learn_what_adam_does_not() -> None:
     net = Net(18)
     y = net.linear(net.input("x", ["N", 2]), 2, 3, gemm=True)
     graph = static(net.model(y), {"x": data})
-    loss = Losses(graph, {Head(y, y): "wanted"}, {}, {})
+    loss = Losses({Head(y, y): "wanted"}, {}, {})
     training = training_graph(graph, loss.emit, graph.variables, inputs={"wanted": ((64, 3), np.dtype(np.float32))})
     call, ends = {"x": data, "wanted": target}, []
     for turned in (False, True):
