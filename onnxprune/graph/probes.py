@@ -161,6 +161,28 @@ def sample_axes(specs: Sequence[InputSpec]) -> dict[str, int]:
     return {name: axes[0] for name, axes in places.items() if len(axes) == 1}
 
 
+SampleAxes = Mapping[str, int | None]
+"""Axis of the samples by input; None for one that has no samples; an input that is not there has them in front."""
+
+
+def axes_of_samples(specs: Sequence[InputSpec]) -> SampleAxes:
+    """Return the axis of the samples of every input.
+
+    Where the batch is open, an input with a fixed leading size has them elsewhere or none. Where it is fixed, states of
+    a recurrent net cannot be told from other inputs if their two leading sizes are equal: they count as having none.
+    """
+    states = sample_axes(specs)
+    is_open = any(spec.shape and not isinstance(spec.shape[0], int) for spec in specs)
+
+    def axis(spec: InputSpec) -> int | None:
+        if spec.name in states or not spec.shape:
+            return None if spec.scalar else states.get(spec.name, 0)
+        is_unclear = len(specs) > 1 and len(spec.shape) > 2 and spec.shape[0] == spec.shape[1] != 1
+        return None if isinstance(spec.shape[0], int) and (is_open or is_unclear) else 0
+
+    return {spec.name: axis(spec) for spec in specs}
+
+
 def _bind_override(spec: InputSpec, sizes: list[int], bound: dict[Key, int]) -> InputSpec:
     """Check one override against the input's own shape, bind its dimensions, and return the input with a rank."""
     stated, declared = ",".join(map(str, sizes)), format_shape(spec.shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxprune.channels.analysis import Analysis
 from onnxprune.pipeline import Context, HoldOut
 from onnxprune.runtime.capture import MEMORY, CallLimits, count
@@ -38,7 +40,9 @@ class CalibrationBatches:
         probes = analysis.facts.probes
         leads = [{name: s[0] for name, s in probe.inputs.items() if s} for probe in probes]
         self._sizes = leads[0] if all(lead == leads[0] for lead in leads) else {}
-        self.fixed = next(iter(self._sizes.values()), None)
+        # States of recurrent nets have their samples along the second axis.
+        shapes = {name: np.broadcast_to(0, shape) for name, shape in probes[0].inputs.items()}
+        self.fixed = count(shapes) if self._sizes else None
         data, calibration = context.inputs(), context.calibration
         assert calibration is not None
         self.max_size = calibration.batch_size or 16

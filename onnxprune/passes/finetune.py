@@ -21,7 +21,7 @@ from onnxprune.errors import ModelError, Note, UsageError, argument, nearest
 from onnxprune.gradients.backward import inference_graph, training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.gradients.tape import Tape
-from onnxprune.graph.probes import InputSpec, input_specs, sample_axes
+from onnxprune.graph.probes import SampleAxes, axes_of_samples, input_specs
 from onnxprune.io.constants import set_constant
 from onnxprune.io.weights import ArrayWeight, Weight
 from onnxprune.passes.calibration import CalibrationBatches, CalibrationSplit
@@ -199,7 +199,9 @@ class ShortFinetune(Pass):
 def short_steps(context: Context, model: Model) -> int:
     """Return the number of steps that the effort of a run allows for this model, by its multiply-accumulates."""
     inputs = model.analysis.facts.probes[0].inputs
-    batch = max(min((shape[0] for shape in inputs.values() if shape), default=1), 1)
+    axes = axes_of_samples(input_specs(model.analysis.graph))
+    known = ((shape, axes.get(name, 0)) for name, shape in inputs.items() if shape)
+    batch = max(min((shape[axis] for shape, axis in known if axis is not None), default=1), 1)
     macs = sum(layer.macs_before for layer in model.analysis.layers) / batch
     size = default_batch(answers_of_sample(model.analysis, inputs))
     return int(min(_MOST_STEPS, context.effort.training / (_PASSES * size * max(macs, 1.0))))
@@ -214,8 +216,13 @@ def answers_of_sample(analysis: Analysis, shapes: Mapping[str, Any]) -> int:
     """
     probe = analysis.facts.probes[0]
     sizes = {name: list(getattr(value, "shape", value)) for name, value in shapes.items()}
-    known = {name: math.prod(shape[1:]) for name, shape in probe.inputs.items()}
-    growth = [math.prod(sizes[name][1:]) / size for name, size in known.items() if size and name in sizes]
+    axes = axes_of_samples(input_specs(analysis.graph))
+
+    def extent(name: str, shape: Sequence[int]) -> int:
+        return math.prod(n for a, n in enumerate(shape) if a != axes.get(name, 0))
+
+    known = {name: extent(name, shape) for name, shape in probe.inputs.items()}
+    growth = [extent(name, sizes[name]) / size for name, size in known.items() if size and name in sizes]
     outputs = [list(probe.shapes.get(name) or ()) for name in analysis.graph.outputs]
     # Of a tensor of rank 3, [sample, position, value]; of a map, [sample, value, *positions].
     positions = [math.prod(shape[1:2] if len(shape) == 3 else shape[2:]) for shape in outputs if None not in shape]
@@ -264,28 +271,6 @@ def _least_samples(context: Context, analysis: Analysis, split: CalibrationSplit
     return _LEAST_DENSE_SAMPLES if is_dense else LEAST_SAMPLES
 
 
-Axes = Mapping[str, int | None]
-"""Axis of the samples by input; None for one that has no samples; an input that is not there has them in front."""
-
-
-def axes_of_samples(specs: Sequence[InputSpec]) -> Axes:
-    """Return the axis of the samples of every input.
-
-    Where the batch is open, an input with a fixed leading size has them elsewhere or none. Where it is fixed, states of
-    a recurrent net cannot be told from other inputs if their two leading sizes are equal: they count as having none.
-    """
-    states = sample_axes(specs)
-    is_open = any(spec.shape and not isinstance(spec.shape[0], int) for spec in specs)
-
-    def axis(spec: InputSpec) -> int | None:
-        if spec.name in states or not spec.shape:
-            return None if spec.scalar else states.get(spec.name, 0)
-        is_unclear = len(specs) > 1 and len(spec.shape) > 2 and spec.shape[0] == spec.shape[1] != 1
-        return None if isinstance(spec.shape[0], int) and (is_open or is_unclear) else 0
-
-    return {spec.name: axis(spec) for spec in specs}
-
-
 _Sizes = frozenset[tuple[str, tuple[int, ...]]]
 """Sizes of the inputs of a call."""
 
@@ -301,7 +286,7 @@ class _Samples:
         size: samples of a call that is drawn.
         labels: of all samples, in their order; None: without.
         seed: seed of the order.
-        axes: see :data:`Axes`.
+        axes: see :data:`SampleAxes`.
         like: a call of the size to draw; None: the commonest.
 
     Attributes:
@@ -315,7 +300,7 @@ class _Samples:
         size: int,
         labels: Array | None,
         seed: int,
-        axes: Axes | None = None,
+        axes: SampleAxes | None = None,
         like: Feed | None = None,
     ) -> None:
         self._feeds, self._labels, self._seed, self._all_axes = feeds, labels, seed, axes
@@ -404,7 +389,7 @@ class _Samples:
         return samples if samples.num else self
 
 
-def _axes_in(feeds: Sequence[Feed], axes: Axes) -> dict[str, int]:
+def _axes_in(feeds: Sequence[Feed], axes: SampleAxes) -> dict[str, int]:
     """Return the axes of the inputs that have samples; none where samples cannot be taken out of their calls.
 
     They can be where all other inputs have the same values in every call.

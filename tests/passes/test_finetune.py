@@ -14,8 +14,10 @@ import pytest
 from build import Net
 
 import onnxprune as op
-from onnxprune.graph.probes import InputSpec
-from onnxprune.passes.finetune import Training, _Samples, axes_of_samples
+from onnxprune.channels.analysis import Analysis
+from onnxprune.graph.probes import InputSpec, axes_of_samples
+from onnxprune.io.read import load
+from onnxprune.passes.finetune import Training, _Samples, answers_of_sample
 
 DATA = {"x": np.random.default_rng(1).standard_normal((192, 3, 8, 8)).astype(np.float32)}
 
@@ -548,6 +550,8 @@ def test_a_recurrent_net_with_as_many_layers_as_samples_in_a_call() -> None:
     rng = np.random.default_rng(0)
     data = {"x": rng.standard_normal((64, 5, 3)), "h": rng.standard_normal((2, 64, size))}
     data = {name: value.astype(np.float32) for name, value in data.items()}
+    analysis = Analysis(load(model))
+    assert answers_of_sample(analysis, data) == answers_of_sample(analysis, {"x": data["x"][:1], "h": data["h"][:, :1]})
     facts = tuned(model, data=data, batch_size=2, recover="none", finetune=4).report.finetuning
     assert facts.steps == 4 and facts.samples == 56 and np.isfinite(facts.losses).all()
 
