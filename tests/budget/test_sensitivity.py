@@ -133,16 +133,19 @@ def test_a_cluster_of_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert one.noise == pytest.approx(other.noise, rel=1e-3, abs=1e-7)
 
 
-def test_a_cluster_of_ray(tmp_path: Path) -> None:
+def test_a_cluster_of_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ray is installed: it is too large to be among the tools that tests need."""
     ray = pytest.importorskip("ray")
     register_ray = pytest.importorskip("ray.util.joblib").register_ray
-    alone = measured(cache=tmp_path / "one")
+    alone, rows = measured(cache=tmp_path / "one"), swept()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         register_ray()
-        with joblib.parallel_config(backend="ray"):
+        with joblib.parallel_config(backend="ray", n_jobs=2):
             spread = measured(cache=tmp_path / "two")
+            monkeypatch.setattr(budget, "evaluate", None)  # no row is left to this process
+            for row, here in zip(swept(), rows, strict=True):
+                assert row == pytest.approx(here, rel=1e-3)
     finally:
         ray.shutdown()
     for one, other in zip(alone.curves, spread.curves, strict=True):
