@@ -55,7 +55,7 @@ _MOST_ANSWERS, _LEAST_BATCH = 32, 4
 _FEATURES, _FEATURE_SHARE = 4, 0.3  # the share of the outputs' loss at the beginning
 _CODED_PROBE = 0.05
 _SETTLED = 1e-6  # a loss below it is none
-_BOLDNESS = 0.25  # largest step, relative to the random one that would double the loss
+_BOLDNESS = 1 / 16  # largest step, relative to the random one that would double the loss
 _MEMORY = 512 << 20
 _SHORT_SAMPLES, _MOST_STEPS, _LEAST_STEPS = 512, 2000, 50
 _FEW_SAMPLES, _TRIAL = 512, 0.25  # samples below which both ways are tried, each for this share of the effort
@@ -86,8 +86,8 @@ class Finetune(Pass):
         rate: largest step, in units of each weight's own size, above 0.
         batch_size: samples of a step, 1 or more; None: 32, and down to 4 where outputs have many positions.
         features: number of tensors between blocks to compare, 0 or more.
-        augment: ``auto`` to shift and mirror images where the original is indifferent to it, ``shift`` or ``flip`` for
-            one of the two, ``none``; True and False for ``auto`` and ``none``.
+        augment: ``auto`` to shift and mirror images where the original answers them alike, at the same places or at
+            moved ones; ``shift`` or ``flip`` for one of the two; ``none``; True and False for ``auto`` and ``none``.
         blocks: ``yes`` to train one residual block or stage after the other, each to make what the original's makes
             from the inputs that the pruned model gives it; ``no`` to train the whole model; ``auto``: with fewer than
             512 samples both are tried, each for a quarter of the effort, and the better on the hold-out goes on.

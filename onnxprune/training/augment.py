@@ -1,4 +1,4 @@
-"""Variants of images that a model is indifferent to: shifted by a few pixels, and mirrored."""
+"""Variants of images that a model answers alike, at the same places or at moved ones: shifted, and mirrored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Augmentation:
     def suited(
         cls, feeds: Sequence[Feed], answers: Callable[[Feed], Sequence[Array]], allowed: str = "auto"
     ) -> Augmentation:
-        """Return what changes the answers of a model to its inputs little.
+        """Return the variants that change the answers of a model to its inputs little.
+
+        Answers at positions of an image move with what is seen there: they are compared in the order of their size.
 
         Args:
             feeds: inputs to try it on.
@@ -41,7 +43,7 @@ class Augmentation:
             rng, pairs = np.random.default_rng(0), list[tuple[Array, Array]]()
             for feed in feeds:
                 pairs += zip(answers(feed), answers(one(feed, rng)), strict=True)
-            return bool(axes) and all(_cosine(a, b) >= _INDIFFERENT for a, b in pairs)
+            return bool(axes) and all(_cosine(_ordered(a), _ordered(b)) >= _INDIFFERENT for a, b in pairs)
 
         shifts = allowed != "flip" and indifferent(cls(axes, True, False))
         return cls(axes, shifts, allowed != "shift" and indifferent(cls(axes, False, True)))
@@ -91,6 +93,13 @@ def _moved(images: Array, axes: tuple[int, int], moves: Array, mirrored: Array) 
                 picture = picture.take(range(start, start + size), axis=axis - 1)
         result[k] = np.flip(picture, axis=axes[1] - 1) if mirrored[k] else picture
     return result
+
+
+def _ordered(answers: Array) -> Array:
+    """Return answers, [sample, position, value] or [sample, value, *positions], in ascending order over positions."""
+    if answers.ndim < 3:
+        return answers
+    return np.sort(answers, axis=1) if answers.ndim == 3 else np.sort(answers.reshape(*answers.shape[:2], -1), axis=-1)
 
 
 def _cosine(a: Array, b: Array) -> float:

@@ -90,6 +90,7 @@ EVALUATIONS = 10
 """Number of comparisons on the hold-out during a training."""
 _GROWTH, _MARGIN = 2.0, 1.0  # steps are taken back from this distance on: relative to the best one, and a point more
 _RETREATS = 3
+_RAMP = 10  # steps after a retreat in which the step size comes back: the first ones have the sign of one gradient
 
 
 def train(
@@ -106,9 +107,9 @@ def train(
 ) -> Course:
     """Train weights, and leave the best of them in ``parameters``.
 
-    At every tenth of the effort the weights are judged. Where they are more than twice as far from the original as the
-    best ones, or the loss is no number, training goes on from the best ones with half the step size; the third time, it
-    ends.
+    At every tenth of the effort the weights are judged. Where they are more than a point farther from the original than
+    those before any step, training goes on from the best ones with half the step size. So it does where they are more
+    than twice as far as the best ones, or the loss is no number; the third time of these, it ends.
     An interruption (SIGINT) ends it, too, and keeps the best. With a keeper, its state is saved at every judgement and
     at an interruption, and a training that was broken off goes on from there: ``draw`` has to give the same calls for
     the same number. Weights at the end of a training that was not broken off
@@ -132,14 +133,15 @@ def train(
             course.steps += 1
             sound = math.isfinite(loss) and bool(np.isfinite(step.gradient).all())
             if sound:
-                optimizer.update(step.gradient, rate_at(share, state.rate), share)
+                optimizer.update(step.gradient, state.ramp * rate_at(share, state.rate), share)
             share = effort.progress(course.steps, time.monotonic() - start)
             if sound and share * EVALUATIONS < state.due and share < 1:
                 continue
             state.due = 1 + int(share * EVALUATIONS)
             progress(share)
-            if not sound or guard.look(course.steps) > _GROWTH * guard.distance + _MARGIN:
-                state.retreats += 1
+            distance = guard.look(course.steps) if sound else math.inf
+            if distance > min(course.curve[0][1], _GROWTH * guard.distance) + _MARGIN:
+                state.retreats += distance > _GROWTH * guard.distance + _MARGIN
                 if state.retreats == _RETREATS:
                     course.stopped = "the distance from the original grew" if sound else "the loss was no number"
                     break
@@ -166,6 +168,12 @@ class _State:
     keeper: Keeper | None
     retreats: int = 0
     due: int = 1
+
+    @property
+    def ramp(self) -> float:
+        """Share of the step size that the next step has: less than 1 in the first steps after a retreat."""
+        is_first = self.optimizer.count == self.course.steps - 1
+        return 1.0 if is_first else min(1.0, (self.optimizer.count + 1) / _RAMP)
 
     def save(self) -> None:
         """Keep the state, where there is a keeper."""

@@ -360,6 +360,8 @@ def test_images_are_varied_where_the_model_does_not_mind() -> None:
     assert suited.name == "shifts and reflections"
     assert Augmentation.suited([images], corner).name == ""
     assert Augmentation.suited([{"x": X}], lambda f: [f["x"]]).name == ""
+    places = Augmentation.suited([images], lambda f: [f["x"]])  # answers at every position move with the image
+    assert places.name == "shifts and reflections"
     varied = suited(images, np.random.default_rng(0))["x"]
     assert varied.shape == images["x"].shape and not np.array_equal(varied, images["x"])
 
