@@ -41,9 +41,10 @@ from onnxprune.passes import (
     Validate,
     Vocabulary,
 )
-from onnxprune.passes.finetune import LEAST_SAMPLES, ShortFinetune
+from onnxprune.passes.finetune import ShortFinetune
 from onnxprune.passes.prune import with_criterion
 from onnxprune.passes.recover import check_mode, no_data, settle_mode
+from onnxprune.passes.training_sizes import LEAST_SAMPLES
 from onnxprune.pipeline import Context, Model, Progress, RunSettings
 from onnxprune.report.facts import Report, SweepFacts
 from onnxprune.runtime.diagnosis import explain_failures

@@ -112,7 +112,7 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _samples_count_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of the closed form have a few samples of many positions: no training begins on these unasked."""
     if request.node.get_closest_marker("dense") is None:
-        monkeypatch.setattr("onnxprune.passes.finetune._MOST_ANSWERS", 1)
+        monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_ANSWERS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,12 @@ from onnxprune.gradients.backward import training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.io.read import load
 from onnxprune.io.weights import ArrayWeight
-from onnxprune.passes.finetune import Teacher
 from onnxprune.runtime.masks import Padding
 from onnxprune.runtime.sessions import Feed
 from onnxprune.training.losses import Losses, deviation
 from onnxprune.training.parameters import Head
 from onnxprune.training.step import Parameters, Step
+from onnxprune.training.teacher import Teacher
 
 WIDTH, CLASSES, LENGTH = 8, 5, 6
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>

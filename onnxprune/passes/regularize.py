@@ -14,8 +14,10 @@ from onnxprune.errors import ModelError, Note, UsageError, argument
 from onnxprune.graph.view import Node
 from onnxprune.operators.contractions import Scale
 from onnxprune.operators.registry import rule_of
-from onnxprune.passes.finetune import BATCH, RATE, Finetune, Judgement, Training, check_samples
+from onnxprune.passes.finetune import Finetune
 from onnxprune.passes.recover import HAS_INPUTS, split_for
+from onnxprune.passes.training import RATE, Judgement, Training
+from onnxprune.passes.training_sizes import BATCH, check_samples
 from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
 from onnxprune.report.facts import Regularized, Remark
 from onnxprune.settings import checked, named_arguments
@@ -108,7 +110,7 @@ class Regularize(Pass):
             )
         limit = None if threshold is None else checked("threshold", threshold, "train")
         self.threshold = limit if limit is not None else _THRESHOLDS[self.kind]
-        self.training = Finetune(effort, labels=labels, rate=rate, batch_size=batch_size, features=0)
+        self.training = Finetune(effort, labels=labels, rate=rate, batch_size=batch_size, features=0).settings
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Train, and return the model with its units at 0."""

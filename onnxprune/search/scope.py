@@ -7,8 +7,8 @@ from dataclasses import replace
 from onnxprune.allocation.settings import AUTO
 from onnxprune.errors import BudgetError, Note
 from onnxprune.passes.calibration import TrialSplit
-from onnxprune.passes.finetune import standard_error
 from onnxprune.passes.prune import WITH_DATA, Prune
+from onnxprune.passes.training import standard_error
 from onnxprune.pipeline import Context, Model, PassResult
 from onnxprune.report.facts import FAITHFUL, Remark
 from onnxprune.search.evaluation import Quality, evaluate

@@ -17,7 +17,9 @@ import onnxprune as op
 from onnxprune.channels.analysis import Analysis
 from onnxprune.graph.probes import InputSpec, axes_of_samples
 from onnxprune.io.read import load
-from onnxprune.passes.finetune import Training, _Samples, answers_of_sample
+from onnxprune.passes.training import Training
+from onnxprune.passes.training_sizes import answers_of_sample
+from onnxprune.training.samples import TrainingSamples
 
 DATA = {"x": np.random.default_rng(1).standard_normal((192, 3, 8, 8)).astype(np.float32)}
 
@@ -387,7 +389,7 @@ def test_in_a_pipeline() -> None:
 def test_with_many_samples_it_runs_by_itself(
     samples: int, arguments: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxprune.passes.finetune._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
     data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
     result = op.prune(net(), ratio=0.6, criterion="l2", data=data, latency=False, **arguments)
@@ -414,7 +416,7 @@ def detector() -> onnx.ModelProto:
 @pytest.mark.parametrize(("samples", "steps"), [(16, 60), (15, 0)])
 def test_samples_with_many_positions_count_for_more(samples: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Detectors come with tens of images, of thousands of places each."""
-    monkeypatch.setattr("onnxprune.passes.finetune._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
     data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
     options: dict[str, Any] = {"criterion": "l2", "data": data, "batch_size": 2, "latency": False}
@@ -460,7 +462,7 @@ def test_weights_of_codes_are_trained_and_encoded_again(kind: Any) -> None:
 
 
 def test_an_automatic_training_says_that_the_data_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxprune.passes.finetune._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
     data = np.random.default_rng(1).standard_normal((512, 3, 8, 8)).astype(np.float32)
 
@@ -508,7 +510,7 @@ def test_states_go_with_their_samples(lead: int, batch: Any) -> None:
     kind, feeds = np.dtype(np.float32), numbered(2, 12)
     axes = axes_of_samples([InputSpec("x", kind, (batch, 3)), InputSpec("h", kind, (lead, batch, 4)), RATE])
     assert axes["h"] == (None if batch == 2 else 1) and axes["x"] == 0 and axes["rate"] is None
-    samples = _Samples(feeds, 4, np.arange(24), 0, axes)
+    samples = TrainingSamples(feeds, 4, np.arange(24), 0, axes)
     every = []
     for number in range(6 if batch != 2 else 12):  # with a fixed batch, calls are drawn as they are
         feed, labels = samples.draw(number)
@@ -518,7 +520,7 @@ def test_states_go_with_their_samples(lead: int, batch: Any) -> None:
     assert sorted(every) == list(range(24)) != every
     for feed in feeds:
         feed["h"] = feeds[0]["h"]  # the same in all: samples are drawn one by one beside it
-    one, two = (_Samples(feeds, 2, None, 0, axes).draw(k)[0] for k in range(2))
+    one, two = (TrainingSamples(feeds, 2, None, 0, axes).draw(k)[0] for k in range(2))
     assert batch != 2 or ((one["h"] == feeds[0]["h"]).all() and one["x"][0, 0] // 2 != one["x"][1, 0] // 2)
     assert one["h"].shape == two["h"].shape == (2, 2, 4)
 
@@ -526,7 +528,9 @@ def test_states_go_with_their_samples(lead: int, batch: Any) -> None:
 def test_samples_of_the_commonest_size_are_drawn() -> None:
     short = [{"x": np.full((4, 5), k, np.float32), "y": np.full((4, 2), k)} for k in range(3)]
     long = [{"x": np.full((4, 7), 10 + k, np.float32), "y": np.full((4, 2), 10 + k)} for k in range(4)]
-    samples = _Samples([*short, *long, {n: v[:2] for n, v in long[0].items()}], 6, np.repeat(np.arange(8), 4)[:30], 0)
+    samples = TrainingSamples(
+        [*short, *long, {n: v[:2] for n, v in long[0].items()}], 6, np.repeat(np.arange(8), 4)[:30], 0
+    )
     assert samples.count == 18 and samples.size == 6
     drawn = [samples.draw(k) for k in range(3)]
     assert all(feed["x"].shape == (6, 7) and (feed["x"][:, 0] == feed["y"][:, 1]).all() for feed, _ in drawn)

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
-from onnxprune.passes.finetune import _Samples
 from onnxprune.runtime import segments as module
 from onnxprune.runtime import sessions
 from onnxprune.runtime.data import StoredFeeds
 from onnxprune.runtime.segments import Segments, Store
+from onnxprune.training.samples import TrainingSamples
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
@@ -153,7 +153,7 @@ def test_inputs_in_a_file_are_in_memory_one_call_at_a_time(tmp_path: Path) -> No
     run = Segments(graph, graph.weights, [[a]], Store(0, tmp_path))
     run.feed(stored)
     list(run.run(0))
-    samples = _Samples(stored.part(range(1, 40)), 16, None, 0)
+    samples = TrainingSamples(stored.part(range(1, 40)), 16, None, 0)
     drawn = [samples.draw(k)[0] for k in range(3)]
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
