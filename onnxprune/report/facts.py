@@ -689,6 +689,8 @@ class BudgetFacts:
     candidates: list[CandidateFacts] = field(default_factory=list)
     losses_by: str = ""
     losses: list[GroupLosses] = field(default_factory=list)
+    can_factorize: bool = False
+    """Whether layers could be factorized for these targets as well, and ``factorize`` was not requested."""
 
 
 @dataclass(slots=True)
@@ -853,7 +855,8 @@ class Report:
             return Note(f"recover it: {argument('recover', 'full')}, or remove less")
         if self.budget is not None:
             size, gate = ("larger", "target") if self.budget.targets else ("smaller", "max_drop")
-            return Note(f"a {size} {argument(gate)}")
+            more = f"factorize layers as well ({argument('factorize')}), or " if self.budget.can_factorize else ""
+            return Note(f"{more}a {size} {argument(gate)}")
         if self.factorized or self.sparsified:
             return Note(f"a smaller {argument('ratio')}, or {argument('exclude')} the sensitive layers")
         if "depth" in self.settings and "scope" not in self.settings:

@@ -17,6 +17,7 @@ from onnxprune.report import summary, tables
 from onnxprune.report.console import Line, Screen
 from onnxprune.report.facts import (
     AnswerFidelity,
+    BudgetFacts,
     Exactness,
     Fidelity,
     Latency,
@@ -25,6 +26,7 @@ from onnxprune.report.facts import (
     Recovery,
     Report,
     SmallerRatio,
+    TargetFacts,
     Totals,
 )
 from onnxprune.settings import COMMANDS, GROUPS, options_of, spell
@@ -176,6 +178,11 @@ def test_the_next_step_is_one_that_helps() -> None:
     assert "max_drop=2" in report.verdict.next_step
     report.smaller.points = 98.0
     assert "0.07 keeps 98.0" in report.verdict.next_step
+    target = TargetFacts("macs", "macs=0.5", 1.0, 2.0, 1.0)
+    report = Report(fidelity=lost, recovery=report.recovery, budget=BudgetFacts([target]))
+    assert report.verdict.next_step == "a larger target"
+    report.budget.can_factorize = True
+    assert report.verdict.next_step.startswith("factorize layers as well (factorize)")
 
 
 def test_json_takes_no_file(run, model) -> None:
