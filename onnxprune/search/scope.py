@@ -50,7 +50,7 @@ class PruneByTrial(Prune):
         except BudgetError:
             return result
         samples = 0 if competing.fidelity is None else competing.fidelity.samples
-        if alone.points <= competing.points + standard_error(100 - competing.points, samples):
+        if not samples or alone.points <= competing.points + standard_error(100 - competing.points, samples):
             return result
         note = (
             f"the same share of every group keeps {alone.points:.1f} points of fidelity in a trial, units of all "
