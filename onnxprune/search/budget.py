@@ -57,7 +57,7 @@ from onnxprune.search.mixture import ALONE, Mixture
 from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, Mask, SearchProblem, tolerance
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
-from onnxprune.search.spec import FACTORED, BudgetSpec
+from onnxprune.search.spec import BudgetSpec
 from onnxprune.search.workers import evaluate_together
 from onnxprune.settings import named_arguments
 from onnxprune.targets import Target
@@ -223,9 +223,7 @@ class Budget(Pass, Options):
         facts.candidates = [replace(c, chosen=i == last) for i, (_, c) in enumerate(result.tried)]
         facts.losses_by = list(problem.choices)[-1]
         facts.losses = _losses(problem, facts.losses_by)
-        spec = self.spec
-        is_counted = bool(spec.targets) and all(target.kind in FACTORED for target in spec.targets)
-        facts.can_factorize = is_counted and spec.latency_table is None and not spec.factorize
+        facts.can_factorize = self.spec.can_factorize
         return facts
 
 

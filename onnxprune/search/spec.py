@@ -14,7 +14,7 @@ from onnxprune.search.evaluation import Metric, load_metric
 from onnxprune.settings import check_needs, checked
 from onnxprune.targets import Target
 
-FACTORED = ("macs", "params", "size", "latency")
+_FACTORED = ("macs", "params", "size", "latency")
 """Kinds of targets for which layers may be factorized as well."""
 
 
@@ -90,13 +90,25 @@ class BudgetSpec:
         """Return whether a budget was requested at all; ``min_fidelity`` alone is a gate on any pruning."""
         return bool(self.targets) or self.max_drop is not None
 
+    @property
+    def can_factorize(self) -> bool:
+        """Return whether layers could be factorized for these targets as well, and were not requested to be."""
+        if self.factorize or not self.targets or self.latency_table is not None:
+            return False
+        return _unfactored(self.targets) is None
+
+
+def _unfactored(targets: Sequence[Target]) -> Target | None:
+    """Return the first target for which layers cannot be factorized; None where there is none."""
+    return next((t for t in targets if t.kind not in _FACTORED), None)
+
 
 def _check_factorization(targets: Sequence[Target]) -> None:
     """Check that layers may be factorized for these targets; raise UsageError otherwise."""
-    unsupported = next((t for t in targets if t.kind not in FACTORED), None)
+    unsupported = _unfactored(targets)
     if unsupported is not None:
         raise UsageError(
             f"{argument('factorize')} does not support a target of {unsupported}: the peak memory of factorized "
             "layers is not known in advance",
-            hint=f"Drop one of the two; it goes with {', '.join(FACTORED)}.",
+            hint=f"Drop one of the two; it goes with {', '.join(_FACTORED)}.",
         )
