@@ -34,7 +34,7 @@ from onnxprune.runtime.masks import Padding
 from onnxprune.runtime.sessions import Array, Feed, open_session, run
 from onnxprune.training.augment import Augmentation
 from onnxprune.training.blocks import Block, blocks_of
-from onnxprune.training.checkpoint import FORMAT, Checkpoint, arrays_of, course_of, part_of, stored
+from onnxprune.training.checkpoint import FORMAT, Checkpoint, part_of, stored
 from onnxprune.training.codes import CodedWeight, encoded, with_numbers
 from onnxprune.training.curvature import CALLS, Curvature
 from onnxprune.training.loop import Course, Effort, Keeper, interruptible, train
@@ -62,14 +62,14 @@ class TrainingSettings:
     """Settings of a training, see :class:`onnxprune.passes.Finetune`; ``is_auto``: its effort is that of the run."""
 
     effort: Effort
-    is_auto: bool = False
-    labels: Any = None
-    rate: float = RATE
-    batch_size: int | None = None
-    features: int = FEATURES
-    augment: str = "auto"
-    blocks: str = "no"
-    loss: UserLoss | None = None
+    is_auto: bool
+    labels: Any
+    rate: float
+    batch_size: int | None
+    features: int
+    augment: str
+    blocks: str
+    loss: UserLoss | None
 
 
 @dataclass(slots=True)
@@ -239,14 +239,14 @@ class Training:
         for k, way in enumerate((self._train_all, self._by_blocks)):
             trial = {name.removeprefix(f"trial{k}."): value for name, value in state.items()}
             if "weights" in trial:
-                course, vector[:] = course_of(trial), trial["weights"]
+                course, vector[:] = Course().restore(trial), trial["weights"]
             else:
                 vector[:] = start
                 course = way(effort.part(_TRIAL), part_of(keeper, state))
             trials.append((dict(course.curve)[course.best], course, vector.copy(), way))
             if course.stopped == "interrupted":
                 break
-            state |= {f"trial{k}.{n}": v for n, v in {**arrays_of(course), "weights": vector.copy()}.items()}
+            state |= {f"trial{k}.{n}": v for n, v in {**course.state(), "weights": vector.copy()}.items()}
             if keeper is not None and "weights" not in trial:
                 keeper.save(state)
         _, best, weights, way = min(trials, key=lambda one: one[0])
@@ -432,7 +432,7 @@ class Reconstruction:
         vector = training.parameters.vector
         state = stored(keeper)
         if state:
-            course, first, best = course_of(state), int(state["blocks"]), state["best"]
+            course, first, best = Course().restore(state), int(state["blocks"]), state["best"]
             vector[:] = state["present"]
         else:
             course, first, best = Course(curve=[(0, training.judge())]), 0, vector.copy()
@@ -441,7 +441,7 @@ class Reconstruction:
         share = effort.part(1 / len(self.blocks))
         with interruptible() as interrupted:
             for k in range(first, len(self.blocks)):
-                state = {**arrays_of(course), "blocks": np.asarray(k), "present": vector.copy(), "best": best}
+                state = {**course.state(), "blocks": np.asarray(k), "present": vector.copy(), "best": best}
                 if not interrupted.is_set():
                     train_block = self._prepared(self.blocks[k], share, course.steps, held_calls)
                 if interrupted.is_set():
@@ -459,7 +459,7 @@ class Reconstruction:
                     course.stopped = part.stopped
                     break
                 if keeper is not None:
-                    state |= {**arrays_of(course), "blocks": np.asarray(k + 1), "present": vector, "best": best}
+                    state |= {**course.state(), "blocks": np.asarray(k + 1), "present": vector, "best": best}
                     keeper.save(state)
                 training.context.tell(training.stage, (k + 1) / len(self.blocks))
         vector[:] = best

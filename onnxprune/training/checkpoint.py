@@ -13,9 +13,9 @@ import numpy as np
 from onnxprune.errors import UsageError, argument
 from onnxprune.runtime.capture import make_folder, read_arrays, write_arrays
 from onnxprune.runtime.sessions import Array
-from onnxprune.training.loop import Course, Keeper
+from onnxprune.training.loop import Keeper
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the state of a training has another meaning."""
 
 
@@ -99,22 +99,3 @@ def part_of(keeper: Keeper | None, state: Mapping[str, Any]) -> Part | None:
 def stored(keeper: Keeper | None) -> Mapping[str, Any]:
     """Return the state of a training that was broken off; empty where there is none."""
     return (None if keeper is None else keeper.load()) or {}
-
-
-def arrays_of(course: Course) -> dict[str, Array]:
-    """Return the course of a training that goes on, as arrays."""
-    return {
-        "counts": np.asarray([course.steps, course.best], np.int64),
-        "seconds": np.asarray(course.seconds),
-        "losses": np.asarray(course.losses, np.float64),
-        "curve": np.asarray(course.curve, np.float64).reshape(-1, 2),
-        "stopped": np.asarray(course.stopped),
-    }
-
-
-def course_of(arrays: Mapping[str, Any]) -> Course:
-    """Return the course of a training from its arrays."""
-    steps, best = (int(n) for n in arrays["counts"])
-    curve = [(int(a), float(b)) for a, b in arrays["curve"]]
-    losses = [float(x) for x in arrays["losses"]]
-    return Course(steps, float(arrays["seconds"]), losses, curve, best, str(arrays["stopped"]))

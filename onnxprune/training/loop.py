@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnxprune.runtime.sessions import Feed
+from onnxprune.runtime.sessions import Array, Feed
 from onnxprune.training.step import Adam, Parameters, Step, Vector, rate_at
 
 Draw = Callable[[int], list[Feed]]
@@ -71,6 +71,24 @@ class Course:
     def ends(self) -> list[float]:
         """The first loss and the mean of the last 20; empty without steps."""
         return [self.losses[0], float(np.mean(self.losses[-20:]))] if self.losses else []
+
+    def state(self) -> dict[str, Array]:
+        """Return everything as arrays."""
+        return {
+            "numbers": np.asarray([self.steps, self.best], np.int64),
+            "seconds": np.asarray(self.seconds),
+            "losses": np.asarray(self.losses, np.float64),
+            "curve": np.asarray(self.curve, np.float64).reshape(-1, 2),
+            "stopped": np.asarray(self.stopped),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> Course:
+        """Return to a state; return the course itself."""
+        self.steps, self.best = (int(n) for n in state["numbers"])
+        self.seconds, self.stopped = float(state["seconds"]), str(state["stopped"])
+        self.losses = [float(x) for x in state["losses"]]
+        self.curve = [(int(a), float(b)) for a, b in state["curve"]]
+        return self
 
 
 class Keeper(Protocol):
@@ -179,14 +197,11 @@ class _State:
         """Keep the state, where there is a keeper."""
         if self.keeper is None:
             return
-        course = self.course
-        numbers = [course.steps, course.best, self.retreats, self.due]
         self.keeper.save(
             {
-                "numbers": np.asarray(numbers, np.int64),
-                "reals": np.asarray([course.seconds, self.rate, self.guard.distance]),
-                "losses": np.asarray(course.losses),
-                "curve": np.asarray(course.curve, np.float64).reshape(-1, 2),
+                **self.course.state(),
+                "retreats": np.asarray([self.retreats, self.due], np.int64),
+                "reals": np.asarray([self.rate, self.guard.distance]),
                 "weights": self.parameters.vector,
                 "best": self.guard.best,
                 **self.optimizer.state(),
@@ -198,11 +213,9 @@ class _State:
         arrays = None if self.keeper is None else self.keeper.load()
         if arrays is None or np.shape(arrays["weights"]) != self.parameters.vector.shape:
             return False
-        course = self.course
-        course.steps, course.best, self.retreats, self.due = (int(n) for n in arrays["numbers"])
-        course.seconds, self.rate, self.guard.distance = (float(x) for x in arrays["reals"])
-        course.losses = [float(x) for x in arrays["losses"]]
-        course.curve = [(int(a), float(b)) for a, b in arrays["curve"]]
+        self.course.restore(arrays).stopped = ""
+        self.retreats, self.due = (int(n) for n in arrays["retreats"])
+        self.rate, self.guard.distance = (float(x) for x in arrays["reals"])
         self.parameters.vector[:], self.guard.best[:] = arrays["weights"], arrays["best"]
         self.optimizer.restore(arrays)
         return True
