@@ -108,7 +108,7 @@ def prune(
     metric: str | Metric | None = None,
     sensitivity: str | Path | Sensitivity | None = None,
     jobs: int | None = None,
-    factorize: bool = False,
+    factorize: bool | None = None,
     trials: int | None = None,
     latency_table: str | Path | LatencyTable | None = None,
     providers: Sequence[str] | None = None,
@@ -206,7 +206,8 @@ def prune(
             ``"measure"``; None: not used.
         jobs: processes to measure sensitivities in; -1: all processors; None: as ``joblib.parallel_config`` sets, else
             one.
-        factorize: also factorize layers where that keeps more than pruning them; not for ``peak-memory``; False.
+        factorize: whether to factorize layers as well where that keeps more than pruning them; not for
+            ``peak-memory``. None: with data, where pruning alone damages the model.
         trials: number of candidates to evaluate around the best solution, 0 or more; None: with a recovery about half a
             minute's work, else none.
         latency_table: times of another device, from :func:`profile`, or their file; None: measured on this machine.

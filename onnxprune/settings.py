@@ -1449,15 +1449,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "factorize",
         Flag(),
-        "Factorize layers where that loses less than pruning them; not with a peak-memory target.",
+        "Factorize layers where that loses less than pruning them, or never; not with a peak-memory target. Default "
+        f"with {argument('data')}: where pruning alone damages the model.",
         {"prune": COST, "sweep": COST},
-        False,
+        option="--factorize/--no-factorize",
         needs=Need(
             "budget or points",
             "factorizes layers to meet a budget, but no budget is given",
             f"Give {argument('target')} or {argument('max_drop')}; 'onnxprune factorize' factorizes layers by a ratio.",
         ),
-        variants={"sweep": {"help": f"Factorize layers as well; for {argument('kind')} macs, params and size."}},
+        variants={
+            "sweep": {
+                "help": f"Factorize layers as well; for {argument('kind')} macs, params and size.",
+                "default": False,
+                "option": "",
+            }
+        },
     ),
     Setting(
         "trials",

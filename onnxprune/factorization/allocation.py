@@ -88,6 +88,12 @@ class LayerFits:
             return self.layer.macs(stages) / max(self.layer.macs(full_stages), 1)
         return elements(stages) / elements(full_stages)
 
+    def is_lighter(self, candidate: Candidate) -> bool:
+        """Return whether a candidate has less work than the layer, counting the activations between its factors."""
+        layer = self.layer
+        stages = METHODS[candidate.method].stages(layer.shape, candidate.ranks)
+        return layer.work(stages) < layer.work([layer.shape.as_stage()])
+
     def _cost(self, method: Method, ranks: Ranks) -> int:
         stages = method.stages(self.layer.shape, ranks)
         return self.layer.macs(stages) if self.cost == "macs" else elements(stages)

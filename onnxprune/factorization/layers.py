@@ -18,6 +18,11 @@ NUMBERS = "__numbers"
 ShapeOf = Callable[[str], Any]
 
 
+# Multiply-accumulates that take as long as reading or writing an element of an activation: at 100 the work of 242
+# factorized convolutions of four networks told for 79 % of them whether they are faster (at 0, for 43 %).
+_MACS_PER_ELEMENT = 100
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """One node that reads the weight, and the sizes it runs at."""
@@ -53,6 +58,11 @@ class Layer:
     def macs(self, stages: Sequence[Any]) -> int:
         """Return multiply-accumulates of stages in the place of every node that reads the weight."""
         return sum(use.node.repeats * use.geometry.macs(stages) for use in self.uses)
+
+    def work(self, stages: Sequence[Any]) -> int:
+        """Return multiply-accumulates of stages, with those that could be done while their activations are moved."""
+        moved = sum(use.node.repeats * use.geometry.moved(stages) for use in self.uses)
+        return self.macs(stages) + _MACS_PER_ELEMENT * moved
 
     @property
     def names(self) -> Iterator[str]:

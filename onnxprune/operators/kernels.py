@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -98,16 +98,25 @@ class Geometry:
 
     def macs(self, stages: Sequence[Stage]) -> int:
         """Return the multiply-accumulates of stages in sequence."""
-        total, sizes = 0, list(self.before)
-        for number, stage in enumerate(stages):
-            if self.looked_up and number == 0:
-                continue
+        total = 0
+        for number, (stage, entering, leaving) in enumerate(self._positions(stages)):
+            if not (self.looked_up and number == 0):
+                total += self.rows * (entering if self.spreading and stage.axes else leaving) * stage.elements
+        return total
+
+    def moved(self, stages: Sequence[Stage]) -> int:
+        """Return the number of elements that stages in sequence read and write."""
+        positions = self._positions(stages)
+        return self.rows * sum(s.parts * (s.inputs * before + s.outputs * after) for s, before, after in positions)
+
+    def _positions(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
+        """Yield every stage with the number of positions of its input and of its output."""
+        sizes = list(self.before)
+        for stage in stages:
             entering = prod(sizes)
             for axis in stage.axes:
                 sizes[axis] = self.after[axis]
-            positions = entering if self.spreading and stage.axes else prod(sizes)
-            total += self.rows * positions * stage.elements
-        return total
+            yield stage, entering, prod(sizes)
 
 
 def elements(stages: Sequence[Stage]) -> int:

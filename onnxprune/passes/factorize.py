@@ -46,6 +46,7 @@ class Factorize(Pass, Options):
         check: compare the result with the product of its new weights.
         gains: weight of each layer's error, {name: gain}, where ``auto`` need not measure it.
         shares: {name: (method, share of the layer's cost)} in place of choosing: the ranks of least loss within it.
+        lighter: whether ``auto`` leaves out ranks that save multiply-accumulates but cost more in moving activations.
 
     ``ratio`` (0.3), ``rank``, ``energy`` or ``vbmf`` set the ranks; these and ``layers``, ``include``, ``exclude``,
     ``round_to``, ``scope``, ``cost`` and ``timed`` are explained at
@@ -64,6 +65,7 @@ class Factorize(Pass, Options):
     check: bool = True
     gains: Mapping[str, float] | None = None
     shares: Mapping[str, tuple[str, float]] | None = None
+    lighter: bool = False
 
     def __post_init__(self) -> None:
         self.request, self.replayed  # noqa: B018  # wrong values are errors of the construction
@@ -132,7 +134,7 @@ class Factorize(Pass, Options):
                 name: choices.candidates[name] for name in work.layer_fits if name in choices.candidates
             }
         elif work.layer_fits:
-            joint = JointBudget(work, self._methods(), choices, self.gains)
+            joint = JointBudget(work, self._methods(), choices, self.gains, lighter=self.lighter)
             joint.share_out()
             if self._timed:
 

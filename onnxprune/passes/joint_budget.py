@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import BudgetError, ModelError, argument
-from onnxprune.factorization.allocation import LayerChoices, LayerFits, allocate, fill_gains, min_total_cost
+from onnxprune.factorization.allocation import (
+    Candidate,
+    LayerChoices,
+    LayerFits,
+    allocate,
+    fill_gains,
+    min_total_cost,
+)
 from onnxprune.factorization.decompositions import compose
 from onnxprune.factorization.layers import Layer, ShapeOf
 from onnxprune.factorization.rewriting import Factorized, composed_weight, replace_layers
@@ -67,6 +74,7 @@ class JointBudget:
         methods: names of the methods to choose from.
         chosen: mapping that receives the choice.
         gains: weight of a layer's error, {name: gain}, where it is known already.
+        lighter: leave out candidates that save multiply-accumulates but cost more in moving activations.
 
     Attributes:
         layer_fits: the layers.
@@ -76,12 +84,22 @@ class JointBudget:
     """
 
     def __init__(
-        self, work: Work, methods: Sequence[str], choices: LayerChoices, gains: Mapping[str, float] | None = None
+        self,
+        work: Work,
+        methods: Sequence[str],
+        choices: LayerChoices,
+        gains: Mapping[str, float] | None = None,
+        *,
+        lighter: bool = False,
     ) -> None:
         self._work, self._methods, self._choices = work, methods, choices
         self.layer_fits = list(work.layer_fits.values())
         step = work.request.round_to
-        self.options = spread(lambda one: list(one.choices(methods, step)), self.layer_fits)
+
+        def candidates(one: LayerFits) -> list[Candidate]:
+            return [c for c in one.choices(methods, step) if not lighter or one.is_lighter(c)]
+
+        self.options = spread(candidates, self.layer_fits)
         self._fresh = list(self.options)
         self._total = _cost_of(work)
         self._outputs: Outputs | None = None

@@ -50,6 +50,7 @@ from onnxprune.report.facts import (
     Settings,
     TargetFacts,
 )
+from onnxprune.search.automatic_factorization import better_factorized, is_damaged
 from onnxprune.search.depth import ChosenDepth, choose_depth, of_original
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model, unseen
 from onnxprune.search.latency import latency_table, rewritable_sizes
@@ -85,8 +86,8 @@ class Budget(Pass, Options):
     outputs when each group is pruned alone) or measured sensitivities, see :mod:`onnxprune.allocation.knapsack`. They
     compete with the same share for every group: each candidate is pruned, recovered from 128 samples and evaluated.
     Further candidates are tried around the best, see :class:`onnxprune.search.refine.Refine`, and the best of all is
-    recovered from all data. On request layers are factorized as well, see
-    :class:`onnxprune.search.mixture.Mixture`.
+    recovered from all data. Layers are factorized as well on request, or where pruning alone damages the model, see
+    :class:`onnxprune.search.mixture.Mixture` and :mod:`onnxprune.search.automatic_factorization`.
 
     Args:
         spec: targets and gates.
@@ -223,7 +224,7 @@ class Budget(Pass, Options):
         facts.candidates = [replace(c, chosen=i == last) for i, (_, c) in enumerate(result.tried)]
         facts.losses_by = list(problem.choices)[-1]
         facts.losses = _losses(problem, facts.losses_by)
-        facts.can_factorize = self.spec.can_factorize
+        facts.can_factorize = result.can_factorize
         return facts
 
 
@@ -269,6 +270,7 @@ class SearchResult:
         failure: description of the gate that it does not pass, empty for none.
         tried: all candidates that were evaluated: the mask of units each removes, and its facts.
         remarks: remarks on the search for the user.
+        can_factorize: whether layers could be factorized as well, and that was not tried.
     """
 
     problem: SearchProblem
@@ -278,6 +280,7 @@ class SearchResult:
     failure: BudgetError | None = None
     tried: Sequence[tuple[Mask, CandidateFacts]] = ()
     remarks: Sequence[str] = ()
+    can_factorize: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -331,6 +334,7 @@ class Search:
         self._answers: list[Evaluated] = []
         self._tried: list[tuple[Mask, CandidateFacts]] = []
         self._unrounded: Callable[[], SearchProblem] | None = None
+        self._factorization_remark = ""
         self.scores: Scores | None = None
         self._work = WorkShare(lambda share: context.tell("budget", share), dict.fromkeys(_PARTS, 1.0))
         self._at = "final", 0, 1
@@ -361,13 +365,18 @@ class Search:
         self.report_to(lambda share: context.tell("budget", share))
         problem = self.opened()
         if not spec.targets:
-            return replace(self._smallest(problem), tried=self._tried)
+            return self._with_search(self._smallest(problem))
         result = self.within(problem)
         gap = self._missing(result.final)
         if gap:
             nearest = None if context.stages.interrupted else self._nearest(result.problem)
             result = replace(result, failure=BudgetErrors(problem).gate(gap, nearest))
-        return replace(result, tried=self._tried)
+        return self._with_search(result)
+
+    def _with_search(self, result: SearchResult) -> SearchResult:
+        """Return a result with what the search has tried, and what it could have tried."""
+        can_factorize = self.spec.can_factorize and self._mixture_of is None
+        return replace(result, tried=self._tried, can_factorize=can_factorize)
 
     def report_to(self, tell: Callable[[float], None]) -> None:
         """Report the share of the work that is done to a function, from now on and from 0."""
@@ -390,9 +399,11 @@ class Search:
         return dict(zip(_PARTS, (scores, measured, 3.0 * each, trials * each, final), strict=True))
 
     def _solving_seconds(self) -> float:
-        """Return about how long the criterion takes to find dependent channels, the cube of each layer's inputs."""
-        if "gram" not in needs_of(self.prune.score):
-            return 0.0
+        """Return about how long the criterion takes to find dependent channels."""
+        return self._fitting_seconds() if "gram" in needs_of(self.prune.score) else 0.0
+
+    def _fitting_seconds(self) -> float:
+        """Return about how long decompositions of the layers take: the cube of each layer's inputs."""
         reads = [layer.params_before / max(layer.channels_before, 1) for layer in self.analysis.layers]
         return _SOLVE * sum(min(read, _MOST_READ) ** 3 for read in reads)
 
@@ -557,6 +568,8 @@ class Search:
             evaluated += self._refined(problem, evaluated, best)
             best = _best(evaluated)[0] if evaluated else best
             remarks = self._rounding_costs(problem, best, evaluated) if explained else []
+            if best.factorize is not None and self._factorization_remark:
+                remarks.append(self._factorization_remark)
             self._at = "final", 0, 1
             final = self._evaluate(problem, best, trial=False)
             best = problem.with_costs_of(best, final)
@@ -607,7 +620,7 @@ class Search:
         Returns:
             the candidates, and the problem led by the best choices.
         """
-        if len(candidates) < 2 and not self.spec.factorize:
+        if len(candidates) < 2 and not (self.spec.factorize or self._may_factorize(problem)):
             return [], problem
         with self.context.stage("candidates"):
             evaluated = self._evaluated_apart(problem, candidates)
@@ -617,10 +630,43 @@ class Search:
         with_source = [pair for pair in evaluated if pair[0].source]
         if with_source:
             problem = replace(problem, lead=_best(with_source)[0].source)
-        mixture = self._mixture(problem)
-        if mixture is not None:
-            evaluated += mixture.trials(problem, self._judge(problem, "candidates", 1))
+        if self.spec.factorize:
+            evaluated += self._factorized(problem)
+        elif evaluated and self._may_factorize(problem):
+            evaluated += self._automatically_factorized(problem, _best(evaluated))
         return evaluated, problem
+
+    def _factorized(self, problem: SearchProblem) -> list[Evaluated]:
+        """Return candidates with factorized layers, recovered from a few samples."""
+        return self._mixture(problem).trials(problem, self._judge(problem, "candidates", 1))
+
+    def _may_factorize(self, problem: SearchProblem) -> bool:
+        """Return whether layers may be factorized without a request: recovery tells whether that is better."""
+        is_possible = self.spec.can_factorize and self.mode != "none" and self.context.calibration is not None
+        if not is_possible or self.spec.trials == 0:
+            return False
+        seconds = _candidate_seconds(sample_macs(problem.analysis), self.context.effort)
+        return max(seconds, self._fitting_seconds()) <= _MOST_FACTORIZING * self.context.effort.seconds
+
+    def _automatically_factorized(self, problem: SearchProblem, pruned: Evaluated) -> list[Evaluated]:
+        """Return candidates with factorized layers that are clearly better than a damaged one of pruning alone."""
+        original_points = None if self.spec.metric is None else self.before
+        self._factorization_remark = ""
+        if not is_damaged(pruned, original_points):
+            return []
+        if self.context.effort.name == "quick":
+            self.context.stages.leave_out("factorization of layers")
+            return []
+        answers = list(self._answers)
+        try:
+            factorized = self._factorized(problem)
+        except (BudgetError, ModelError, UsageError) as error:  # nobody asked for what failed
+            self.context.stages.leave_out(f"factorization of layers: {error.message}")
+            factorized = []
+        better, self._factorization_remark = better_factorized(pruned, factorized, original_points)
+        if not better:
+            self._answers = answers  # an interrupted search ends with what it was asked for
+        return better
 
     def _evaluated_apart(self, problem: SearchProblem, candidates: Sequence[Candidate]) -> list[Evaluated]:
         """Recover candidates from a few samples in workers; none where joblib has one worker only."""
@@ -644,15 +690,14 @@ class Search:
             trials = (
                 0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis), self.context.effort)
             )
-        mixture = self._mixture(problem)
         if not trials or not evaluated or best.name == ALONE:
             return []
         judge = self._judge(problem, "trials", trials)
         original_fine = 0.0 if self.spec.metric is None else self.before
-        if best.factorize is None or mixture is None:
+        if best.factorize is None:
             pruned_only = [pair for pair in evaluated if pair[0].factorize is None]
             return Refine(cuts(problem), judge, trials, original_fine).around(pruned_only)
-        space = mixture.space(problem)
+        space = self._mixture(problem).space(problem)
         return Refine(space, judge, trials, original_fine).around([pair for pair in evaluated if pair[0] is best])
 
     def _judge(self, problem: SearchProblem, part: str, trials: int) -> Callable[[Candidate], Evaluation | None]:
@@ -673,14 +718,13 @@ class Search:
 
         return judge
 
-    def _mixture(self, problem: SearchProblem) -> Mixture | None:
-        """Return the mixture that factorizes layers as well, where requested; reused for problems of the same costs."""
-        if not self.spec.factorize:
-            return None
+    def _mixture(self, problem: SearchProblem) -> Mixture:
+        """Return the mixture that factorizes layers as well; reused for problems of the same costs."""
         if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
             request = self.prune.request
             options = FactorOptions(include=request.include, exclude=request.exclude, round_to=request.least_multiple)
-            self._mixture_of = Mixture(self.context, problem, options)
+            lighter = self.spec.factorize is None  # who asks for factorization asks for its MACs
+            self._mixture_of = Mixture(self.context, problem, options, lighter=lighter)
         return self._mixture_of
 
     def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:
@@ -769,9 +813,9 @@ class Search:
 
     def _most_promising(self, problem: SearchProblem) -> Evaluated | None:
         """Recover the most promising candidate from all data; None where there is no candidate."""
-        mixture = self._mixture(problem)
+        factorizes = self.spec.factorize or self._factorization_remark
         with suppress(BudgetError):
-            candidate = None if mixture is None else mixture.candidate(problem)
+            candidate = self._mixture(problem).candidate(problem) if factorizes else None
             candidate = candidate or next(iter(problem.candidates()), None)
             if candidate is not None:
                 final = self._evaluate(problem, candidate, trial=False)
@@ -803,6 +847,8 @@ def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
 # Seconds per cube of the columns that a layer reads to find dependent channels among them, and columns beyond which
 # that is done for groups of them.
 _SOLVE, _MOST_READ = 7.5e-9, 2048
+# Share of the seconds of all trials that a factorized candidate may take where nobody asked for it.
+_MOST_FACTORIZING = 2.0
 # Samples that the seconds of a candidate below are for.
 _SAMPLES = 128
 # Seconds to prune, recover and evaluate a candidate: at least, and per billion multiply-accumulates.

@@ -54,6 +54,7 @@ class Mixture:
         context: the run.
         problem: groups and costs of all kinds but ``peak-memory``.
         options: ``include``, ``exclude`` and ``round_to`` hold for layers, too.
+        lighter: for a target on MACs, leave out ranks whose activations cost more to move than the MACs that they save.
 
     Attributes:
         costs: costs of the problems that candidates may be requested for.
@@ -63,7 +64,7 @@ class Mixture:
         UsageError: the target is a time of another device.
     """
 
-    def __init__(self, context: Context, problem: SearchProblem, options: Options) -> None:
+    def __init__(self, context: Context, problem: SearchProblem, options: Options, *, lighter: bool = False) -> None:
         self._context, self._options = context, options
         self.costs = problem.costs
         self._timed = "latency" in problem.costs
@@ -76,7 +77,8 @@ class Mixture:
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", replace(options, ratio=0.5, cost=_furthest(problem), timed=False))
         work = prepare_work(trial_context, model, request, AUTO, replayed=None)
-        joint = JointBudget(work, AUTO, LayerChoices())
+        self._lighter = lighter and not self._timed and request.cost == "macs"
+        joint = JointBudget(work, AUTO, LayerChoices(), lighter=self._lighter)
         self.gains = {o.layer.name: g for o, g in zip(joint.layer_fits, joint.gains, strict=True)}
         pairs = zip(joint.layer_fits, joint.options, strict=True)
         options_of = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]
@@ -224,7 +226,7 @@ class Mixture:
         if not 0 < saved < 1:
             return None
         options = replace(self._options, ratio=saved, timed=False, cost=_counted_as(kind))
-        return Factorize("auto", gains=gains, **options.arguments)
+        return Factorize("auto", gains=gains, lighter=self._lighter, **options.arguments)
 
     def _as_timed(self, levels: Counts) -> Factorize | None:
         """Return the methods and shares of the work that were timed, for the layers after pruning."""

@@ -32,7 +32,8 @@ class BudgetSpec:
         sensitivity: curves of groups pruned alone, as ``onnxprune sensitivity`` wrote them, or ``"measure"``: counts
             are then chosen by them, too.
         jobs: number of processes that measure it.
-        factorize: factorize layers as well, where that has a better quality than pruning; not for ``peak-memory``.
+        factorize: whether to factorize layers as well, where that has a better quality than pruning; not for
+            ``peak-memory``. None: where data are given and pruning alone damages the model.
         trials: candidates to try around the best one; None: with recovery about half a minute of work, else none.
         quantize: mode of the quantization that follows; sizes and times are then those of quantized models.
         must_run: whether a model that onnxruntime cannot run is an error; else the first candidate is taken unseen.
@@ -45,7 +46,7 @@ class BudgetSpec:
     latency_table: str | Path | LatencyTable | None = None
     sensitivity: str | Path | Sensitivity | None = None
     jobs: int | None = None
-    factorize: bool = False
+    factorize: bool | None = None
     trials: int | None = None
     quantize: str | None = None
     must_run: bool = True
@@ -60,7 +61,7 @@ class BudgetSpec:
         latency_table: str | Path | LatencyTable | None = None,
         sensitivity: str | Path | Sensitivity | None = None,
         jobs: int | None = None,
-        factorize: bool = False,
+        factorize: bool | None = None,
         trials: int | None = None,
         quantize: str | None = None,
     ) -> BudgetSpec:
@@ -92,8 +93,8 @@ class BudgetSpec:
 
     @property
     def can_factorize(self) -> bool:
-        """Return whether layers could be factorized for these targets as well, and were not requested to be."""
-        if self.factorize or not self.targets or self.latency_table is not None:
+        """Return whether layers could be factorized for these targets as well, without a request to or not to."""
+        if self.factorize is not None or not self.targets or self.latency_table is not None:
             return False
         return _unfactored(self.targets) is None
 

@@ -155,7 +155,7 @@ def test_every_option_reaches_the_api(api, run, model) -> None:
         "latency_table": None,
         "sensitivity": None,
         "jobs": None,
-        "factorize": False,
+        "factorize": None,
         "trials": None,
         "min_fidelity": None,
         "effort": "normal",
