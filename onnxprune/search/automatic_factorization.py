@@ -49,7 +49,7 @@ def better_factorized(
     unit = "points of fidelity" if original_points is None else "of the metric"
     remark = Note(
         f"layers are factorized as well: in a trial pruning alone keeps {pruned[1].quality.points:.4g} {unit}, "
-        f"both together {best.points:.4g}; for channels alone, often faster at the same cost: "
+        f"both together {best.points:.4g}; for channels alone: "
         f"{argument('factorize', False)}"
     )
     return better, remark
