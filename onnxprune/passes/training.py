@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -15,7 +15,7 @@ import onnx
 from onnxprune.channels.analysis import Analysis
 from onnxprune.channels.survivors import Survivors
 from onnxprune.errors import ModelError, Note, argument
-from onnxprune.gradients.backward import training_graph
+from onnxprune.gradients.backward import TrainingGraph, training_graph
 from onnxprune.gradients.static import StaticGraph, static_graph
 from onnxprune.gradients.tape import Tape
 from onnxprune.io.constants import set_constant
@@ -109,25 +109,16 @@ class Training:
             ModelError: no weight can be trained.
         """
         (before,) = compare_with_original(context.analysis, [model.parts], split.validation, context.outputs)
-        fixed = CalibrationBatches(context, model.analysis).fixed
         batch = settings.batch_size or default_batch(answers_of_sample(model.analysis, split.fit[0]))
-        size = fixed or min(batch, split.num_fit)
         user_labels = settings.labels if settings.labels is not None else context.labels
         labels, hold_out = (
             (None, None)
             if user_labels is None
             else split_labels(read_labels(user_labels, context, model.analysis), split)
         )
-        samples = training_samples(context, model.analysis, split, size, labels)
-        size, (feed, _) = samples.size, samples.draw(0)
         parts, coded = with_numbers(*model.parts)
-        student = static_graph(*parts, feed)
-        limit = (context.memory_limit or _MEMORY) / _LIVE
-        if fixed is None and (room := int(limit // max(1, _bytes(student) // size))) < size:
-            size = max(1, room)
-            samples = training_samples(context, model.analysis, split, size, labels)
-            feed, _ = samples.draw(0)
-            student = static_graph(*parts, feed)
+        samples, student = _samples_and_student(context, model, parts, split, batch, labels)
+        feed, _ = samples.draw(0)
         loaded = context.analysis.loaded
         original = static_graph(loaded.proto, loaded.weights, feed)
         weights, reasons = trainable(student)
@@ -140,17 +131,7 @@ class Training:
         names = teacher.names
         known = {} if labels is None else _labelled(fitted, student, labels)
         user_loss = None if settings.loss is None else OwnLoss(settings.loss, student, weights, fitted, names)
-        losses = Losses(
-            {h: names[h.tensor] for h in fitted},
-            {n: names[n] for n in steps},
-            {} if user_loss is not None else {h: n for h, (n, _) in known.items()},
-            teacher.counted,
-            user_gradients={} if user_loss is None else user_loss.gradient_names,
-        )
-        inputs = {**teacher.inputs, **{name: (shape, np.dtype(np.float32)) for name, shape in known.values()}}
-        inputs |= {name: ((), np.dtype(np.float32)) for name in (BALANCE, OFFSET)}
-        inputs |= {} if user_loss is None else user_loss.inputs
-        graph = training_graph(student, losses.loss, weights, inputs=inputs)
+        graph = _graph_with_loss(student, teacher, weights, fitted, steps, known, user_loss)
         frozen = {**{n: r for n, r in reasons.items() if "parameter" not in r}, **graph.frozen}
         frozen = {n: r for n, r in frozen.items() if not any(n in c.settings for c in coded)}
         if not graph.gradients:
@@ -565,6 +546,58 @@ def standard_error(distance: float, samples: int) -> float:
     """Return the standard error of a distance in points that was measured on so many samples."""
     share = min(max(distance / 100, 0.0), 1.0)
     return 100 * math.sqrt(share * (1 - share) / samples) if samples else 0.0
+
+
+def _samples_and_student(
+    context: Context,
+    model: Model,
+    parts: ModelParts,
+    split: CalibrationSplit,
+    batch: int,
+    labels: Array | None,
+) -> tuple[TrainingSamples, StaticGraph]:
+    """Return the samples in calls that memory has room for, and the graph of the model at their size.
+
+    Args:
+        context: the run.
+        model: the model to train.
+        parts: its graph and weights, coded ones as numbers.
+        split: samples to fit to, and those held out.
+        batch: number of samples of a step.
+        labels: of the samples to fit to.
+    """
+    fixed = CalibrationBatches(context, model.analysis).fixed
+    samples = training_samples(context, model.analysis, split, fixed or min(batch, split.num_fit), labels)
+    student = static_graph(*parts, samples.draw(0)[0])
+    limit = (context.memory_limit or _MEMORY) / _LIVE
+    if fixed is None and (room := int(limit // max(1, _bytes(student) // samples.size))) < samples.size:
+        samples = training_samples(context, model.analysis, split, max(1, room), labels)
+        student = static_graph(*parts, samples.draw(0)[0])
+    return samples, student
+
+
+def _graph_with_loss(
+    student: StaticGraph,
+    teacher: Teacher,
+    weights: Sequence[str],
+    fitted: Sequence[Head],
+    features: Collection[str],
+    labelled: Mapping[Head, tuple[str, tuple[int, ...]]],
+    user_loss: OwnLoss | None,
+) -> TrainingGraph:
+    """Return the graph of a step: the model, its losses, and their gradients by the weights."""
+    names, scalar = teacher.names, np.dtype(np.float32)
+    losses = Losses(
+        {h: names[h.tensor] for h in fitted},
+        {n: names[n] for n in features},
+        {} if user_loss is not None else {h: n for h, (n, _) in labelled.items()},
+        teacher.counted,
+        user_gradients={} if user_loss is None else user_loss.gradient_names,
+    )
+    inputs = {**teacher.inputs, **{name: (shape, scalar) for name, shape in labelled.values()}}
+    inputs |= dict.fromkeys((BALANCE, OFFSET), ((), scalar))
+    inputs |= {} if user_loss is None else user_loss.inputs
+    return training_graph(student, losses.loss, weights, inputs=inputs)
 
 
 def _bytes(graph: StaticGraph) -> int:

@@ -690,7 +690,7 @@ class BudgetFacts:
     losses_by: str = ""
     losses: list[GroupLosses] = field(default_factory=list)
     can_factorize: bool = False
-    """Whether layers could be factorized for these targets as well, and neither ``factorize`` nor a trial decided it."""
+    """Whether layers could be factorized for these targets as well, which was neither decided nor tried."""
 
 
 @dataclass(slots=True)
