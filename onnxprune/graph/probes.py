@@ -141,7 +141,7 @@ def bind_shapes(
     return dimensions.shapes(dimensions.guess(batch, sequence))
 
 
-def sample_axes(specs: Sequence[InputSpec]) -> dict[str, int]:
+def inner_sample_axes(specs: Sequence[InputSpec]) -> dict[str, int]:
     """Return the axes of the samples of inputs that have them elsewhere than in front: {input: axis, 1 or more}.
 
     Such are the states of recurrent nets, [layers, samples, size], and caches of several layers in one tensor. Their
@@ -165,13 +165,13 @@ SampleAxes = Mapping[str, int | None]
 """Axis of the samples by input; None for one that has no samples; an input that is not there has them in front."""
 
 
-def axes_of_samples(specs: Sequence[InputSpec]) -> SampleAxes:
+def sample_axes(specs: Sequence[InputSpec]) -> SampleAxes:
     """Return the axis of the samples of every input.
 
     Where the batch is open, an input with a fixed leading size has them elsewhere or none. Where it is fixed, states of
     a recurrent net cannot be told from other inputs if their two leading sizes are equal: they count as having none.
     """
-    states = sample_axes(specs)
+    states = inner_sample_axes(specs)
     is_open = any(spec.shape and not isinstance(spec.shape[0], int) for spec in specs)
 
     def axis(spec: InputSpec) -> int | None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from onnxprune.channels.analysis import Analysis
 from onnxprune.errors import UsageError, argument
-from onnxprune.graph.probes import axes_of_samples, input_specs
+from onnxprune.graph.probes import input_specs, sample_axes
 from onnxprune.passes.calibration import CalibrationSplit
 from onnxprune.pipeline import Context, Model
 from onnxprune.runtime.sessions import Array
-from onnxprune.training.samples import TrainingSamples
+from onnxprune.training.samples import TrainingSamples, position_axes
 
 BATCH = 32
 """Samples of a step."""
@@ -26,7 +26,7 @@ _PASSES = 3  # multiply-accumulates of a step, in runs of the model
 def short_steps(context: Context, model: Model) -> int:
     """Return the number of steps that the effort of a run allows for this model, by its multiply-accumulates."""
     inputs = model.analysis.facts.probes[0].inputs
-    axes = axes_of_samples(input_specs(model.analysis.graph))
+    axes = sample_axes(input_specs(model.analysis.graph))
     known = ((shape, axes.get(name, 0)) for name, shape in inputs.items() if shape)
     batch = max(min((shape[axis] for shape, axis in known if axis is not None), default=1), 1)
     macs = sum(layer.macs_before for layer in model.analysis.layers) / batch
@@ -43,7 +43,7 @@ def answers_of_sample(analysis: Analysis, shapes: Mapping[str, Any]) -> int:
     """
     probe = analysis.facts.probes[0]
     sizes = {name: list(getattr(value, "shape", value)) for name, value in shapes.items()}
-    axes = axes_of_samples(input_specs(analysis.graph))
+    axes = sample_axes(input_specs(analysis.graph))
 
     def extent(name: str, shape: Sequence[int]) -> int:
         return math.prod(n for a, n in enumerate(shape) if a != axes.get(name, 0))
@@ -51,8 +51,7 @@ def answers_of_sample(analysis: Analysis, shapes: Mapping[str, Any]) -> int:
     known = {name: extent(name, shape) for name, shape in probe.inputs.items()}
     growth = [extent(name, sizes[name]) / size for name, size in known.items() if size and name in sizes]
     outputs = [list(probe.shapes.get(name) or ()) for name in analysis.graph.outputs]
-    # Of a tensor of rank 3, [sample, position, value]; of a map, [sample, value, *positions].
-    positions = [math.prod(shape[1:2] if len(shape) == 3 else shape[2:]) for shape in outputs if None not in shape]
+    positions = [math.prod(shape[a] for a in position_axes(len(shape))) for shape in outputs if None not in shape]
     return int(min(_MOST_ANSWERS, max(1.0, max(positions, default=1) * max(growth, default=1.0))))
 
 
@@ -94,7 +93,7 @@ def training_samples(
     Raises:
         UsageError: they have so many sizes that few have the commonest.
     """
-    axes = axes_of_samples(input_specs(context.analysis.graph))
+    axes = sample_axes(input_specs(context.analysis.graph))
     samples = TrainingSamples(split.fit, size, labels, context.seed, axes)
     least = least_samples(context, analysis, split) * split.num_fit // (split.num_fit + split.num_held_out)
     if samples.count < min(least, split.num_fit):

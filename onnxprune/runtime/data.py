@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from onnxprune.errors import UsageError, argument
-from onnxprune.graph.probes import InputSpec, sample_axes
+from onnxprune.graph.probes import InputSpec, inner_sample_axes
 from onnxprune.runtime import images
 from onnxprune.runtime.arrays import (
     HINT,
@@ -478,7 +478,7 @@ class Samples:
         self._source, self._limit, self._min_samples = source, samples, samples
         self._change: Callable[[Feed], Feed] | None = None
         self._totals: Totals | None = None
-        self._axes = sample_axes(self.specs)
+        self._axes = inner_sample_axes(self.specs)
         # Samples are counted and cut along axis 0 of every array; a call gets them where its inputs have them.
         self._split_specs = [spec_samples_first(spec, self._axes.get(spec.name, 0)) for spec in self.specs]
         if source.known and specs:

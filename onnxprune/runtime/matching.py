@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import UsageError, nearest
-from onnxprune.graph.probes import InputSpec, format_shape, sample_axes
+from onnxprune.graph.probes import InputSpec, format_shape, inner_sample_axes
 from onnxprune.runtime.arrays import HINT, UNNAMED, Arrays, Rows
 from onnxprune.runtime.sessions import Array, eps
 
@@ -37,7 +37,7 @@ def match(part: Mapping[str, Rows], specs: Sequence[InputSpec]) -> Arrays:
             f"data has array {unexpected[0]!r}, which is no input, and none for input {missing[0]!r}",
             hint=nearest(unexpected[0], names),
         )
-    axes = sample_axes(specs)
+    axes = inner_sample_axes(specs)
     result = {spec.name: _with_samples(part[spec.name], spec, axes.get(spec.name, 0)) for spec in specs}
     for spec in specs:
         _check(result[spec.name], spec)

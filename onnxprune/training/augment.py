@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from onnxprune.runtime.sessions import Array, Feed
+from onnxprune.training.samples import position_axes
 
 _LEAST, _SHARE = 16, 8  # smallest side of an image, and which part of it a shift may be
 _INDIFFERENT = 0.9
@@ -96,10 +97,13 @@ def _moved(images: Array, axes: tuple[int, int], moves: Array, mirrored: Array) 
 
 
 def _ordered(answers: Array) -> Array:
-    """Return answers, [sample, position, value] or [sample, value, *positions], in ascending order over positions."""
-    if answers.ndim < 3:
+    """Return answers in ascending order over positions."""
+    axes = position_axes(answers.ndim)
+    if not axes:
         return answers
-    return np.sort(answers, axis=1) if answers.ndim == 3 else np.sort(answers.reshape(*answers.shape[:2], -1), axis=-1)
+    others = [axis for axis in range(answers.ndim) if axis not in axes]
+    moved = answers.transpose(*others, *axes)
+    return np.sort(moved.reshape(*moved.shape[: len(others)], -1), axis=-1)
 
 
 def _cosine(a: Array, b: Array) -> float:

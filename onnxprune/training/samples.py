@@ -123,3 +123,12 @@ def _axes_in(feeds: Sequence[Feed], axes: SampleAxes) -> dict[str, int]:
         if feed.keys() != first.keys() or len(sizes) != 1 or not others:
             return {}
     return result
+
+
+def position_axes(rank: int) -> range:
+    """Return the axes of the positions of an output, [sample, position, value] or [sample, value, *positions].
+
+    Args:
+        rank: number of its axes.
+    """
+    return range(1, 2) if rank == 3 else range(2, rank)

@@ -15,7 +15,7 @@ from build import Net
 
 import onnxprune as op
 from onnxprune.channels.analysis import Analysis
-from onnxprune.graph.probes import InputSpec, axes_of_samples
+from onnxprune.graph.probes import InputSpec, sample_axes
 from onnxprune.io.read import load
 from onnxprune.passes.training import Training
 from onnxprune.passes.training_sizes import answers_of_sample
@@ -508,7 +508,7 @@ RATE = InputSpec("rate", np.dtype(np.int64), (), scalar=True)
 @pytest.mark.parametrize(("lead", "batch"), [(2, "N"), (2, None), (2, 2)])
 def test_states_go_with_their_samples(lead: int, batch: Any) -> None:
     kind, feeds = np.dtype(np.float32), numbered(2, 12)
-    axes = axes_of_samples([InputSpec("x", kind, (batch, 3)), InputSpec("h", kind, (lead, batch, 4)), RATE])
+    axes = sample_axes([InputSpec("x", kind, (batch, 3)), InputSpec("h", kind, (lead, batch, 4)), RATE])
     assert axes["h"] == (None if batch == 2 else 1) and axes["x"] == 0 and axes["rate"] is None
     samples = TrainingSamples(feeds, 4, np.arange(24), 0, axes)
     every = []
