@@ -723,8 +723,7 @@ class Search:
         if self._mixture_of is None or self._mixture_of.costs is not problem.costs:
             request = self.prune.request
             options = FactorOptions(include=request.include, exclude=request.exclude, round_to=request.least_multiple)
-            lighter = self.spec.factorize is None  # who asks for factorization asks for its MACs
-            self._mixture_of = Mixture(self.context, problem, options, lighter=lighter)
+            self._mixture_of = Mixture(self.context, problem, options, requested=bool(self.spec.factorize))
         return self._mixture_of
 
     def _evaluate(self, problem: SearchProblem, candidate: Candidate, *, trial: bool = True) -> Evaluation:

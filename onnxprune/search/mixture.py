@@ -47,14 +47,15 @@ class Mixture:
     A group's loss is a score and a layer's loss a share of energy, with an unknown rate of exchange. The search starts
     at the rate at which the last unit of cost has the same loss in both, half the way to the targets. It then tries
     lower and higher rates and evaluates every candidate, as long as the outputs come closer to the original's. The
-    knapsack determines how much is pruned; ranks are then chosen for the pruned layers. For a target on time, each
-    layer's gain is measured, and every candidate is timed before it is recovered.
+    knapsack determines how much is pruned; ranks are then chosen for the pruned layers. For a target on MACs, ranks
+    are left out whose activations cost more to move than the MACs that they save. For a target on time, each layer's
+    gain is measured, and every candidate is timed before it is recovered.
 
     Args:
         context: the run.
         problem: groups and costs of all kinds but ``peak-memory``.
         options: ``include``, ``exclude`` and ``round_to`` hold for layers, too.
-        lighter: for a target on MACs, leave out ranks whose activations cost more to move than the MACs that they save.
+        requested: whether the user asked for factorization: MACs are saved then even where that saves no time.
 
     Attributes:
         costs: costs of the problems that candidates may be requested for.
@@ -64,7 +65,7 @@ class Mixture:
         UsageError: the target is a time of another device.
     """
 
-    def __init__(self, context: Context, problem: SearchProblem, options: Options, *, lighter: bool = False) -> None:
+    def __init__(self, context: Context, problem: SearchProblem, options: Options, *, requested: bool = True) -> None:
         self._context, self._options = context, options
         self.costs = problem.costs
         self._timed = "latency" in problem.costs
@@ -77,8 +78,10 @@ class Mixture:
         trial_context, model = context.for_trial(MAX_TRIAL), Model.of(problem.analysis)
         request = request_of("auto", replace(options, ratio=0.5, cost=_furthest(problem), timed=False))
         work = prepare_work(trial_context, model, request, AUTO, replayed=None)
-        self._lighter = lighter and not self._timed and request.cost == "macs"
+        self._lighter = not self._timed and request.cost == "macs"
         joint = JointBudget(work, AUTO, LayerChoices(), lighter=self._lighter)
+        if self._lighter and requested and not any(joint.options):  # layers too small to be worth anything in time
+            self._lighter, joint = False, JointBudget(work, AUTO, LayerChoices())
         self.gains = {o.layer.name: g for o, g in zip(joint.layer_fits, joint.gains, strict=True)}
         pairs = zip(joint.layer_fits, joint.options, strict=True)
         options_of = timed_options(work, joint) if self._timed else [_ordered(o, c) for o, c in pairs]

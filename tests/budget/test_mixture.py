@@ -29,7 +29,7 @@ from onnxprune.targets import parse
 
 MODELS = Path(__file__).parents[2] / "models"
 MODEL, DIGITS = MODELS / "residual.onnx", MODELS / "digits_calibration.npz"
-WIDE = 24
+WIDE = 96
 
 
 def planted() -> onnx.ModelProto:
