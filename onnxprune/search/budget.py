@@ -399,13 +399,14 @@ class Search:
         return dict(zip(_PARTS, (scores, measured, 3.0 * each, trials * each, final), strict=True))
 
     def _solving_seconds(self) -> float:
-        """Return about how long the criterion takes to find dependent channels."""
-        return self._fitting_seconds() if "gram" in needs_of(self.prune.score) else 0.0
+        """Return about how long the criterion takes to find dependent channels, the cube of each layer's inputs."""
+        if "gram" not in needs_of(self.prune.score):
+            return 0.0
+        return _SOLVE * sum(min(read, _MOST_READ) ** 3 for read in self._reads())
 
-    def _fitting_seconds(self) -> float:
-        """Return about how long decompositions of the layers take: the cube of each layer's inputs."""
-        reads = [layer.params_before / max(layer.channels_before, 1) for layer in self.analysis.layers]
-        return _SOLVE * sum(min(read, _MOST_READ) ** 3 for read in reads)
+    def _reads(self) -> list[float]:
+        """Return the number of values that an output of each layer reads."""
+        return [layer.params_before / max(layer.channels_before, 1) for layer in self.analysis.layers]
 
     def problem(self, targets: Sequence[Target]) -> SearchProblem:
         """Return the groups with their scores, and the targets with their costs."""
@@ -646,7 +647,8 @@ class Search:
         if not is_possible or self.spec.trials == 0:
             return False
         seconds = _candidate_seconds(sample_macs(problem.analysis), self.context.effort)
-        return max(seconds, self._fitting_seconds()) <= _MOST_FACTORIZING * self.context.effort.seconds
+        seconds += _DECOMPOSE * sum(read**3 for read in self._reads())
+        return seconds <= _MOST_FACTORIZING * self.context.effort.seconds
 
     def _automatically_factorized(self, problem: SearchProblem, pruned: Evaluated) -> list[Evaluated]:
         """Return candidates with factorized layers that are clearly better than a damaged one of pruning alone."""
@@ -846,7 +848,9 @@ def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
 # Seconds per cube of the columns that a layer reads to find dependent channels among them, and columns beyond which
 # that is done for groups of them.
 _SOLVE, _MOST_READ = 7.5e-9, 2048
-# Share of the seconds of all trials that a factorized candidate may take where nobody asked for it.
+# Seconds per cube of the columns that a layer reads to decompose it, and share of the seconds of all trials that a
+# factorized candidate may take where nobody asked for it.
+_DECOMPOSE = 4e-10
 _MOST_FACTORIZING = 2.0
 # Samples that the seconds of a candidate below are for.
 _SAMPLES = 128
