@@ -9,7 +9,7 @@ from onnxprune.report.facts import FAITHFUL
 from onnxprune.search.problem import Evaluated
 
 # Share of the distance of pruning alone that a factorized candidate may have left: a smaller gain is within chance.
-_CLEARLY = 0.8
+_CLEARLY = 0.95
 # Without points: distance of outputs from which on a model is not faithful.
 _DISTANT = (100.0 - FAITHFUL) / 100.0
 

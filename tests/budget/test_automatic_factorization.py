@@ -120,13 +120,13 @@ def evaluated(fine: float, kept: float) -> Evaluated:
     return None, Evaluation(None, (), Quality(kept, fine), 0, 0, 0)  # type: ignore[return-value,arg-type]
 
 
-def test_a_choice_needs_a_fifth_of_the_distance() -> None:
+def test_a_choice_needs_a_twentieth_of_the_distance() -> None:
     pruned = evaluated(-0.10, 90.0)
-    slightly, clearly = evaluated(-0.081, 91.0), evaluated(-0.079, 92.0)
+    slightly, clearly = evaluated(-0.096, 91.0), evaluated(-0.094, 92.0)
     assert better_factorized(pruned, [slightly], None) == ([], "")
     assert better_factorized(pruned, [slightly, clearly], None)[0] == [clearly]
     metric = evaluated(0.6, 0.6)
-    assert better_factorized(metric, [evaluated(0.65, 0.65)], 0.9) == ([], "")
+    assert better_factorized(metric, [evaluated(0.61, 0.61)], 0.9) == ([], "")
     assert "0.67" in better_factorized(metric, [evaluated(0.67, 0.67)], 0.9)[1]
 
 
