@@ -48,8 +48,7 @@ def better_factorized(
     best = max(better, key=lambda pair: pair[1].quality.fine)[1].quality
     unit = "points of fidelity" if original_points is None else "of the metric"
     remark = Note(
-        f"layers are factorized as well: in a trial pruning alone keeps {pruned[1].quality.points:.4g} {unit}, "
-        f"both together {best.points:.4g}; for channels alone: "
-        f"{argument('factorize', False)}"
+        f"layers are factorized: in a trial this keeps {best.points:.4g} {unit}, pruning alone "
+        f"{pruned[1].quality.points:.4g}; to prune alone: {argument('factorize', False)}"
     )
     return better, remark

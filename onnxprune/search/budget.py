@@ -54,7 +54,7 @@ from onnxprune.search.automatic_factorization import better_factorized, is_damag
 from onnxprune.search.depth import ChosenDepth, choose_depth, of_original
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model, unseen
 from onnxprune.search.latency import latency_table, rewritable_sizes
-from onnxprune.search.mixture import ALONE, Mixture
+from onnxprune.search.mixture import ALONE, FACTORIZED_TRIALS, Mixture
 from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, Mask, SearchProblem, tolerance
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
@@ -66,7 +66,7 @@ from onnxprune.targets import Target
 Array = NDArray[np.float64]
 T = TypeVar("T")
 # Parts of the work of a search, in order.
-_PARTS = ("scores", "measure", "candidates", "trials", "final")
+_PARTS = ("scores", "measure", "candidates", "factorization", "trials", "final")
 # Work of a recovery per sample that it is fitted to, in runs of the model on one.
 _RUNS_OF_RECOVERY = 10.0
 # Number of halvings of a budget towards the smallest that works.
@@ -396,7 +396,8 @@ class Search:
         measured = min(measuring_seconds(macs, context.effort), 200.0 * MAX_SAMPLES * one_run)
         each, finals = _EACH + trial * one_run, 1 if self.spec.targets else _HALVINGS
         final = finals * (_EACH + _RUNS_OF_RECOVERY * samples * one_run)
-        return dict(zip(_PARTS, (scores, measured, 3.0 * each, trials * each, final), strict=True))
+        factorization = FACTORIZED_TRIALS * each if self.spec.factorize or self._may_factorize() else 0.0
+        return dict(zip(_PARTS, (scores, measured, 3.0 * each, factorization, trials * each, final), strict=True))
 
     def _solving_seconds(self) -> float:
         """Return about how long the criterion takes to find dependent channels, the cube of each layer's inputs."""
@@ -621,7 +622,7 @@ class Search:
         Returns:
             the candidates, and the problem led by the best choices.
         """
-        if len(candidates) < 2 and not (self.spec.factorize or self._may_factorize(problem)):
+        if len(candidates) < 2 and not (self.spec.factorize or self._may_factorize()):
             return [], problem
         with self.context.stage("candidates"):
             evaluated = self._evaluated_apart(problem, candidates)
@@ -633,20 +634,20 @@ class Search:
             problem = replace(problem, lead=_best(with_source)[0].source)
         if self.spec.factorize:
             evaluated += self._factorized(problem)
-        elif evaluated and self._may_factorize(problem):
+        elif evaluated and self._may_factorize():
             evaluated += self._automatically_factorized(problem, _best(evaluated))
         return evaluated, problem
 
     def _factorized(self, problem: SearchProblem) -> list[Evaluated]:
         """Return candidates with factorized layers, recovered from a few samples."""
-        return self._mixture(problem).trials(problem, self._judge(problem, "candidates", 1))
+        return self._mixture(problem).trials(problem, self._judge(problem, "factorization", FACTORIZED_TRIALS))
 
-    def _may_factorize(self, problem: SearchProblem) -> bool:
+    def _may_factorize(self) -> bool:
         """Return whether layers may be factorized without a request: recovery tells whether that is better."""
         is_possible = self.spec.can_factorize and self.mode != "none" and self.context.calibration is not None
         if not is_possible or self.spec.trials == 0:
             return False
-        seconds = _candidate_seconds(sample_macs(problem.analysis), self.context.effort)
+        seconds = _candidate_seconds(sample_macs(self.analysis), self.context.effort)
         seconds += _DECOMPOSE * sum(read**3 for read in self._reads())
         return seconds <= _MOST_FACTORIZING * self.context.effort.seconds
 

@@ -31,8 +31,10 @@ Judge = Callable[[Candidate], Evaluation | None]
 
 ALONE, TOGETHER = "knapsack over layers", "knapsack over groups and layers"
 WEIGHED = f"{TOGETHER}, weighed by trial"
-# Ratio between the rates of exchange that are tried, and their number.
-_STEPS, _TRIALS = (4.0, 2.0), 7
+FACTORIZED_TRIALS = 7
+"""Largest number of rates of exchange that are tried."""
+# Ratio between these rates.
+_STEPS = (4.0, 2.0)
 # Number of corrections of a limit on time until the measured time fits.
 _CORRECTIONS = 4
 # Part of the way to the target at which losses are compared, and the step for the slope.
@@ -128,7 +130,7 @@ class Mixture:
         best = value(current_rate)
         for step in _STEPS:
             for factor in (step, 1.0 / step):
-                while len(losses) < _TRIALS and (after := value(current_rate * factor)) > best:
+                while len(losses) < FACTORIZED_TRIALS and (after := value(current_rate * factor)) > best:
                     best, current_rate = after, current_rate * factor
         self._rate = problem.lead, current_rate
         return evaluated

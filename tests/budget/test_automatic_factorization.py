@@ -63,7 +63,7 @@ def test_a_damaged_model_is_factorized_by_default(thin: onnx.ModelProto, inputs:
     assert facts is not None and not facts.can_factorize
     assert report.totals.macs_after <= TARGET * report.totals.macs_before
     assert report.exactness.passed and report.product is not None and report.product.passed
-    (remark,) = [text for text in report.warnings if "layers are factorized as well" in text]
+    (remark,) = [text for text in report.warnings if "layers are factorized" in text]
     assert "factorize=False" in remark
     assert points(alone) < 97 < points(result)
 
