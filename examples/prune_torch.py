@@ -80,7 +80,7 @@ def from_timm(name: str, images: str) -> None:
         **{"input_names": ["images"], "dynamic_axes": {"images": {0: "N"}}},
     )
     look = op.ImageOptions(mean=module.default_cfg["mean"], std=module.default_cfg["std"])
-    result = op.prune("model.onnx", target="macs=0.6", data=images, images=look)
+    result = op.prune("model.onnx", target="macs=0.6", data=images, images=look, factorize=False)
     result.save("small.onnx", plan="small.plan.json")
     small = prune_module(module, result.plan)
     print(sum(p.numel() for p in small.parameters()), "parameters to train further in PyTorch")

@@ -5,7 +5,8 @@ python tools/bench_finetune.py TRAINED --case cifar10_resnet20:0.5:2560 --effort
 
 TRAINED holds models/*.onnx and evaluate.py, see tools/bench/labelled.py; inputs to train on are those that
 ``evaluate.py --record`` gives, never the ones measured on, and have no labels. Channels are chosen by a budget of MACs,
-in any number (``--round-to 1``), and recovered in closed form; every seed trains the same pruned model. Everything goes
+in any number (``--round-to 1``), without factorized layers, and recovered in closed form; every seed trains the same
+pruned model. Everything goes
 into --out: points.jsonl (points that are there are not measured again: delete it after a change of the package), pruned
 models and calibration data. The metrics are looked at for the table alone: training sees its hold-out.
 """
@@ -85,7 +86,8 @@ def run_job(job: Job) -> dict[str, Any]:
 def _prune(job: Job, given: dict[str, Any], small: Path, plan: Path) -> None:
     import onnxprune as op
 
-    result = op.prune(job.path, target={"macs": job.share}, round_to=1, finetune="none", latency=False, **given)
+    channels_alone = {"round_to": 1, "factorize": False, "finetune": "none"}
+    result = op.prune(job.path, target={"macs": job.share}, latency=False, **channels_alone, **given)
     result.save(small)
     result.plan.save(plan)
 
