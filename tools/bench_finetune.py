@@ -6,9 +6,9 @@ python tools/bench_finetune.py TRAINED --case cifar10_resnet20:0.5:2560 --effort
 TRAINED holds models/*.onnx and evaluate.py, see tools/bench/labelled.py; inputs to train on are those that
 ``evaluate.py --record`` gives, never the ones measured on, and have no labels. Channels are chosen by a budget of MACs,
 in any number (``--round-to 1``), without factorized layers, and recovered in closed form; every seed trains the same
-pruned model. Everything goes
-into --out: points.jsonl (points that are there are not measured again: delete it after a change of the package), pruned
-models and calibration data. The metrics are looked at for the table alone: training sees its hold-out.
+pruned model. Everything goes into --out: points.jsonl (points that are there are not measured again: delete it after a
+change of the package), pruned models and calibration data. The metrics are looked at for the table alone: training sees
+its hold-out.
 """
 
 from __future__ import annotations
