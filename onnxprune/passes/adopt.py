@@ -15,14 +15,15 @@ from onnxprune.errors import UsageError, argument
 from onnxprune.graph.view import Graph
 from onnxprune.io.read import load
 from onnxprune.passes.depth import Shortening
+from onnxprune.passes.factorize import Factorize
 from onnxprune.passes.flush import flush
 from onnxprune.passes.preparation import hold_against_file
 from onnxprune.passes.prepared import cut_model
 from onnxprune.passes.prune import describe_removal
 from onnxprune.passes.workspace import Workspace, synthetic_feeds
-from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult
+from onnxprune.pipeline import UNPRUNED, Context, Model, Pass, PassResult, apply
 from onnxprune.pruning.rewriting import CannotRewrite
-from onnxprune.report.facts import Exactness, Fact, Settings
+from onnxprune.report.facts import Exactness, Fact, Factorization, Settings, Sizes
 from onnxprune.settings import named_arguments
 
 
@@ -55,18 +56,13 @@ class Adopt(Pass):
 
     def __call__(self, context: Context, model: Model) -> PassResult:
         """Return the pruned model in place of the original."""
-        if self.plan.factorized:
-            raise UsageError(
-                "This plan factorizes layers as well, and such a model cannot be recovered afterwards",
-                hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
-            )
         if self.plan.experts or self.plan.vocabulary is not None:
             what = "experts" if self.plan.experts else "tokens"
             raise UsageError(
                 f"This plan removes {what} as well, and such a model cannot be recovered afterwards",
                 hint=f"Prune the original again with {argument('plan')} and {argument('data')}, which recovers it.",
             )
-        shown: list[Fact] = []
+        shown, factors = list[Fact](), list[Fact]()
         if self.plan.branches:
             work = Shortening(context)
             model, shown = work.result(work.of_plan(self.plan), {})
@@ -75,26 +71,38 @@ class Adopt(Pass):
         with context.stage("compare"):
             loaded = load(self.cut)
             try:
-                expected = Graph.of(*cut_model(analysis, removed))
+                expected = model.with_parts(cut_model(analysis, removed), analysis=analysis, removed=removed)
             except CannotRewrite as stop:
                 raise UsageError(f"The plan cannot be applied to the original: {stop}.") from stop
-            changed, of = check_pair(expected, Graph.of(loaded.proto, loaded.weights))
+            if self.plan.factorized:
+                expected, factors = self._factorized(context, expected)
+            changed, of = check_pair(Graph.of(*expected.parts), Graph.of(loaded.proto, loaded.weights))
         with context.stage("compare"), Workspace.of(analysis, loaded) as trial, trial.blaming():
             # The recovery starts from the function of the file, with subnormal weights as 0.
             start = flush((loaded.proto, dict(loaded.weights)))[0]
             hold_against_file(analysis, trial, start, synthetic_feeds(context, analysis))
         same = "its weights are the original's" if not changed else f"{changed} of its {of} weights were changed"
         proof = Exactness(note=f"came as a file, {same}")
+        plan = make_plan(analysis, removed, self.plan.criterion)
         pruned = model.with_parts(
             (loaded.proto, loaded.weights),
             analysis=analysis,
             removed=removed,
-            plan=replace(make_plan(analysis, removed, self.plan.criterion), branches=model.plan.branches),
+            plan=replace(plan, branches=model.plan.branches, factorized=self.plan.factorized),
+            as_pruned=expected.as_pruned,
             proof=proof,
             files=(*([loaded.path] if loaded.path else []), *loaded.external),
         )
         settings = Settings({"criterion": self.plan.criterion})
-        return PassResult(pruned, [*shown, settings, *describe_removal(context, pruned), proof])
+        return PassResult(pruned, [*shown, settings, *describe_removal(context, pruned), *factors, proof])
+
+    def _factorized(self, context: Context, pruned: Model) -> tuple[Model, list[Fact]]:
+        """Return the pruned original with the factorized layers of the plan, whose values do not matter here."""
+        unseen = replace(context.for_trial(), calibration=None)
+        result = apply(Factorize(plan=self.plan, check=False), unseen, pruned)
+        product = Exactness(note="factorized layers came as a file")
+        factors = [replace(fact, product=product) for fact in result.facts if isinstance(fact, Factorization)]
+        return result.model, [*factors, *(fact for fact in result.facts if isinstance(fact, Sizes))]
 
 
 def check_pair(expected: Graph, actual: Graph) -> tuple[int, int]:

@@ -57,8 +57,19 @@ def test_a_plan_with_layers_apart_replays_to_the_byte(run: Callable[..., Result]
     assert one.read_bytes() == two.read_bytes()
     done = run("factorize", MODEL, "--apply-plan", plan, *data, "-o", two)
     assert done.exit_code == 2 and "removes channels as well" in done.stderr
+
+    data = data[:-2]
     done = run("recover", MODEL, one, "--plan", plan, *data, "-o", two)
-    assert done.exit_code == 2 and "factorizes layers as well" in done.stderr
+    assert done.exit_code == 0, done.stderr
+    assert "layers factorized" in done.stdout and "factorized layers came as a file" in done.stdout
+    before, after = (onnx.load(path).graph for path in (one, two))
+    assert [(n.op_type, n.output[0]) for n in before.node] == [(n.op_type, n.output[0]) for n in after.node]
+    written = json.loads(plan.read_text())
+    written["factorized"][0]["ranks"][0] += 1
+    plan.write_text(json.dumps(written))
+    done = run("recover", MODEL, one, "--plan", plan, *data, "-o", tmp_path / "none.onnx")
+    assert done.exit_code == 2 and "does not belong to this pair" in done.stderr
+    assert not (tmp_path / "none.onnx").exists()
 
 
 def test_failures(run: Callable[..., Result], tmp_path: Path) -> None:
