@@ -94,6 +94,7 @@ def run_row(given: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]
         return record | {"error": report.get("error") or done.stderr[-300:]}
     keys = ("totals", "latency", "recovery", "finetuning", "verdict", "left_out", "timings")
     record |= {key: report.get(key) for key in keys}
+    record["factorized"] = sum(bool(layer["method"]) for layer in report.get("factorized", []))
     record["before"], record["after"] = evaluate(home, row.name, None), evaluate(home, row.name, small)
     return record
 
@@ -115,7 +116,9 @@ def kept(row: Row, record: dict[str, Any]) -> str:
 
 def show(records: list[dict[str, Any]]) -> None:
     """Print the table as Markdown."""
-    print("| model | target | inputs | metric | before | after | enough | MACs | file | times as fast | minutes |")
+    print(
+        "| model | target | inputs | metric | before | after | enough | factorized | file | times as fast | seconds |"
+    )
     print("|---|---|--:|---|--:|--:|---|--:|--:|--:|--:|")
     for record in records:
         row = next(r for r in ROWS if (r.name, r.target) == (record["model"], record["target"]))
@@ -126,11 +129,11 @@ def show(records: list[dict[str, Any]]) -> None:
         inputs = (recovery.get("samples") or 0) + (recovery.get("aside") or 0)
         speedup = latency.get("paired") or latency.get("speedup") or float("nan")
         low, high = latency.get("speedup_interval") or (float("nan"),) * 2
-        macs, size = (f"{totals[f'{k}_after'] / totals[f'{k}_before']:.2f}" for k in ("macs", "bytes"))
+        size = totals["bytes_after"] / totals["bytes_before"]
         print(
             f"| {row.name} | {row.target} | {inputs} | {row.metric} | {record['before'][row.metric]:.3f} "
-            f"| {record['after'][row.metric]:.3f} | {kept(row, record)} | {macs} | {size} "
-            f"| {speedup:.2f} ({low:.2f} to {high:.2f}) | {record['seconds'] / 60:.1f} |"
+            f"| {record['after'][row.metric]:.3f} | {kept(row, record)} | {record.get('factorized', '')} | {size:.2f} "
+            f"| {speedup:.2f} ({low:.2f} to {high:.2f}) | {record['processor_seconds']:.0f} |"
         )
 
 
