@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from onnxprune.errors import Note, argument
 from onnxprune.report.facts import FAITHFUL
-from onnxprune.search.problem import Evaluated
+from onnxprune.search.problem import Evaluated, best_of
 
 # Share of the distance of pruning alone that a factorized candidate may have left: a smaller gain is within chance.
 _CLEARLY = 0.95
@@ -24,7 +25,7 @@ def is_damaged(pruned: Evaluated, original_points: float | None) -> bool:
     quality = pruned[1].quality
     if original_points is not None:
         return quality.points < original_points
-    return quality.points < FAITHFUL if quality.points == quality.points else -quality.fine > _DISTANT
+    return -quality.fine > _DISTANT if math.isnan(quality.points) else quality.points < FAITHFUL
 
 
 def better_factorized(
@@ -45,7 +46,7 @@ def better_factorized(
     better = [pair for pair in factorized if pair[1].quality.fine > limit]
     if not better:
         return [], ""
-    best = max(better, key=lambda pair: pair[1].quality.fine)[1].quality
+    best = best_of(better)[1].quality
     unit = "points of fidelity" if original_points is None else "of the metric"
     remark = Note(
         f"layers are factorized: in a trial this keeps {best.points:.4g} {unit}, pruning alone "

@@ -55,7 +55,16 @@ from onnxprune.search.depth import ChosenDepth, choose_depth, of_original
 from onnxprune.search.evaluation import Evaluation, evaluate, points_name, points_of_original, pruned_model, unseen
 from onnxprune.search.latency import latency_table, rewritable_sizes
 from onnxprune.search.mixture import ALONE, FACTORIZED_TRIALS, Mixture
-from onnxprune.search.problem import BudgetErrors, Candidate, Curves, Evaluated, Mask, SearchProblem, tolerance
+from onnxprune.search.problem import (
+    BudgetErrors,
+    Candidate,
+    Curves,
+    Evaluated,
+    Mask,
+    SearchProblem,
+    best_of,
+    tolerance,
+)
 from onnxprune.search.refine import Refine, cuts
 from onnxprune.search.sensitivity import measure_sensitivity
 from onnxprune.search.spec import BudgetSpec
@@ -539,7 +548,7 @@ class Search:
 
     def _best_so_far(self, problem: SearchProblem) -> SearchResult:
         """Return the best of the candidates evaluated so far that meet the targets."""
-        best, final = _best(self._fitting(problem))
+        best, final = best_of(self._fitting(problem))
         if best.factorize is not None:  # products of trials are not checked
             final = self._evaluate(problem, best, trial=False)
         return SearchResult(problem, self._answers, best, final)
@@ -561,14 +570,14 @@ class Search:
             evaluated, problem = self._evaluated(problem, candidates)
             if not candidates and not evaluated:
                 raise BudgetErrors(problem).unreachable()
-            best = candidates[0] if not evaluated else _best(evaluated)[0]
+            best = candidates[0] if not evaluated else best_of(evaluated)[0]
             if evaluated:
-                over = problem.over(problem.with_costs_of(*_best(evaluated)))
+                over = problem.over(problem.with_costs_of(*best_of(evaluated)))
                 problem = problem.tightened(over)
                 if max(over.values()) > 1 and not last:
                     continue  # recovery added to the size: keep a little less, before the effort of all data
             evaluated += self._refined(problem, evaluated, best)
-            best = _best(evaluated)[0] if evaluated else best
+            best = best_of(evaluated)[0] if evaluated else best
             remarks = self._rounding_costs(problem, best, evaluated) if explained else []
             if best.factorize is not None and self._factorization_remark:
                 remarks.append(self._factorization_remark)
@@ -591,7 +600,7 @@ class Search:
         answers, tried = list(self._answers), list(self._tried)
         self._at = "trials", 0, 1
         try:
-            rounded = _best(evaluated)[1] if evaluated else self._evaluate(problem, best)
+            rounded = best_of(evaluated)[1] if evaluated else self._evaluate(problem, best)
             candidates = replace(self._unrounded(), lead=problem.lead, targets=problem.targets).candidates()
             if rounded.quality.fine > -_MUCH or not candidates:
                 return []
@@ -631,11 +640,11 @@ class Search:
                 evaluated.append((candidate, self._evaluate(problem, candidate)))
         with_source = [pair for pair in evaluated if pair[0].source]
         if with_source:
-            problem = replace(problem, lead=_best(with_source)[0].source)
+            problem = replace(problem, lead=best_of(with_source)[0].source)
         if self.spec.factorize:
             evaluated += self._factorized(problem)
         elif evaluated and self._may_factorize():
-            evaluated += self._automatically_factorized(problem, _best(evaluated))
+            evaluated += self._automatically_factorized(problem, best_of(evaluated))
         return evaluated, problem
 
     def _factorized(self, problem: SearchProblem) -> list[Evaluated]:
@@ -837,11 +846,6 @@ class Search:
             else:
                 low = middle
         return passing
-
-
-def _best(evaluated: Sequence[Evaluated]) -> Evaluated:
-    """Return the candidate of the highest quality."""
-    return max(evaluated, key=lambda pair: pair[1].quality.fine)
 
 
 # -- the effort spent on a model: counted and not timed, so that a run can be repeated ---------------------------------

@@ -75,6 +75,11 @@ class Candidate:
 Evaluated = tuple[Candidate, Evaluation]
 
 
+def best_of(evaluated: Sequence[Evaluated]) -> Evaluated:
+    """Return the candidate of the highest quality."""
+    return max(evaluated, key=lambda pair: pair[1].quality.fine)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchProblem:
     """Groups, scores, costs and targets of one model; other targets make another problem.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnxprune.allocation.costs import Cost
 from onnxprune.allocation.knapsack import Allocation, Choices, Limit, LossWeights, allocate
 from onnxprune.search.evaluation import Evaluation
-from onnxprune.search.problem import Candidate, Evaluated, SearchProblem
+from onnxprune.search.problem import Candidate, Evaluated, SearchProblem, best_of
 
 Array = NDArray[np.float64]
 
@@ -90,7 +90,7 @@ class Refine:
         Args:
             evaluated: the known candidates; the search starts at the best of them.
         """
-        best_candidate, best_evaluation = max(evaluated, key=lambda pair: pair[1].quality.fine)
+        best_candidate, best_evaluation = best_of(evaluated)
         self._known = {a.allocation.counts.tobytes() for a, _ in evaluated}
         best, center = best_evaluation.quality.fine, self._weights(best_candidate)
         start = self._space.allocate(center) if best_candidate.factorize is not None else None
