@@ -260,9 +260,10 @@ def open_session(
         optimize: False turns every graph optimisation off; fusions change rounding, so exactness runs go without. A
             model that only loads without them is opened without them.
         threads: threads inside an operator; None leaves the choice to onnxruntime.
-        spin: threads that wait for work keep their core busy, as onnxruntime's own settings have it. Measured
-            times need it: it takes three times the processor time, and a run takes many times as long where other
-            programs want the cores.
+        spin: threads that wait for work within a run keep their core busy, as onnxruntime's own settings have it.
+            Measured times need it: it takes three times the processor time, and a run takes many times as long where
+            other programs want the cores. Between runs no thread spins, unlike there: it would slow down other models
+            that are measured in turn.
         providers: in order of preference.
         profile: path of a file for the times of all nodes; None: they are not written.
 
@@ -278,7 +279,9 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-    if not spin:
+    if spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if _frugal.get():
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -583,7 +583,7 @@ class Search:
                 remarks.append(self._factorization_remark)
             self._at = "final", 0, 1
             final = self._evaluate(problem, best, trial=False)
-            best = problem.with_costs_of(best, final)
+            best = problem.with_final_time(problem.with_costs_of(best, final), final)
             over = problem.over(best)
             if all(share <= 1 + tolerance(kind) for kind, share in over.items()):
                 return SearchResult(problem, evaluated, best, final, remarks=remarks)
@@ -708,7 +708,7 @@ class Search:
         original_fine = 0.0 if self.spec.metric is None else self.before
         if best.factorize is None:
             pruned_only = [pair for pair in evaluated if pair[0].factorize is None]
-            return Refine(cuts(problem), judge, trials, original_fine).around(pruned_only)
+            return Refine(cuts(problem, best.corrections), judge, trials, original_fine).around(pruned_only)
         space = self._mixture(problem).space(problem)
         return Refine(space, judge, trials, original_fine).around([pair for pair in evaluated if pair[0] is best])
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,18 @@ from onnxprune.runtime.sessions import Feed
 SECONDS = 60.0
 """Default duration of the measurement in seconds."""
 _CUTS, _FEWEST, _CHECKS = 96, 12, 6
-# Runs of one pruned model: as many as fit into so many seconds, within bounds. The result is the mean of the shortest:
-# disturbances only make a run longer.
+# Profiled runs of one pruned model: as many as fit into so many seconds, within bounds. The result is the mean of the
+# shortest: disturbances only make a run longer.
 _RUN_SECONDS, _LEAST_RUNS, _MOST_RUNS, _SHORTEST = 0.1, 9, 60, 0.4
+# Pairs of runs of a pruned model and the original, and the share of the permitted seconds that they go on for where
+# runs are short.
+_PAIRS, _LEAST_SHARE = 60, 0.05
 # Limits of the factor that scales the times of a profile to the time of a whole run.
 _STEADY = (0.4, 1.5)
 # Rounds of reweighting, and an error below which all have the same weight.
 _ROUNDS, _CLOSE = 20, 0.01
+# The least time in seconds that a ratio is taken to.
+_FINE = 1e-9
 # Seconds that whole runs of one pruned model and of the original may take together.
 _WHOLE_SECONDS = 1.0
 # Levels per group; in between, times are interpolated. Kernels process 4, 8 or 16 channels at once.
@@ -196,10 +202,15 @@ class Bench:
             raise ModelError("the clock is too coarse to time this model")
         return float(before), float(after)
 
-    def time_models(self, paths: Sequence[Path], runs: int = 60, budget_s: float = 10.0) -> NDArray[np.float64]:
-        """Return seconds per run of several models, measured in turn."""
-        times = in_turn(paths, [self._feed], self._device, runs=runs, budget_s=budget_s, steady=True)
-        return np.array([np.sort(t)[: max(1, round(_SHORTEST * len(t)))].mean() for t in times]) * 1e-3
+    def time_models(self, paths: Sequence[Path], runs: int = _PAIRS, budget_s: float = 10.0) -> NDArray[np.float64]:
+        """Return seconds per run of several models, measured in turn.
+
+        The median of the first model's times, and for the others its product with the median ratio to the run of the
+        first in the same round, as the final comparison has it: what slows down a whole round leaves it as it is.
+        """
+        durations: dict[str, Any] = {"runs": runs, "budget_s": budget_s, "least_s": _LEAST_SHARE * budget_s}
+        times = 1e-3 * np.array(in_turn(paths, [self._feed], self._device, steady=True, **durations))
+        return np.asarray(np.median(times[0]) * np.median(times / np.maximum(times[0], _FINE), axis=1))
 
 
 def removed_mask(analysis: Analysis, sizes: Sizes, counts: Counts) -> NDArray[np.bool_]:

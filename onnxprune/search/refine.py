@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ NAME = "knapsack with groups weighed by trial"
 _FACTORS = (3.0, 1.6)
 # The least predicted gain of a candidate, as a share of the best one's loss.
 _PROMISING = 0.02
+# Counts of one candidate to measure at most, until they fit.
+_CORRECTIONS = 3
 # Loss weights beyond this mean that the slope is unknown.
 _EXTREME = 1e3
 
@@ -44,20 +46,32 @@ class Space:
 
     def allocate(self, weights: Array) -> Allocation | None:
         """Return counts [columns] for these loss weights of the columns."""
-        losses = [w * x for w, x in zip(weights, self.choices.losses, strict=True)]
         limits = [Limit(self.costs[k], maximum) for k, maximum in self.limits.items()]
-        return allocate(Choices(self.choices.options, losses), limits)
+        return allocate(weighed(self.choices, weights), limits)
 
 
-def cuts(problem: SearchProblem) -> Space:
-    """Return the search space of a problem's groups."""
+def cuts(problem: SearchProblem, corrections: Mapping[str, float] | None = None) -> Space:
+    """Return the search space of a problem's groups.
 
-    def candidate(_: Array, allocation: Allocation) -> Candidate | None:
-        removed = problem.removed(allocation.counts)
-        candidate = Candidate(NAME, allocation, removed, problem.measured(allocation.counts, removed))
-        return candidate if max(problem.over(candidate).values()) <= 1 else None
+    Args:
+        problem: groups, costs and targets.
+        corrections: factors on the limits by kind at which a candidate fitted as measured, to start from.
+    """
+    problem = replace(problem, corrections={**problem.corrections, **(corrections or {})})
+
+    def candidate(weights: Array, _: Allocation) -> Candidate | None:
+        def solve(choices: Choices, limits: Sequence[Limit]) -> Allocation | None:
+            return allocate(weighed(choices, weights), limits)
+
+        candidate = problem.candidate(NAME, problem.lead, solve, _CORRECTIONS)
+        return None if candidate is None else replace(candidate, source="")
 
     return Space(problem.choices[problem.lead], problem.costs, problem.corrected_limits(), candidate, problem.lead)
+
+
+def weighed(choices: Choices, weights: Array) -> Choices:
+    """Return choices whose losses are multiplied by the weights [columns] of their columns."""
+    return Choices(choices.options, [w * x for w, x in zip(weights, choices.losses, strict=True)])
 
 
 class Refine:
@@ -139,19 +153,29 @@ class Refine:
         return weights if self._learned.gain(allocation.counts, weights) > _PROMISING else None
 
     def _try(self, weights: Array) -> Evaluated | None:
-        """Evaluate the candidate at these weights; None where it is known, or no trial is left."""
+        """Evaluate the candidate at these weights; None where it is known, or no trial is left.
+
+        Its counts may differ from the predicted ones, which measured costs may not bear out.
+        """
         if self._remaining_trials <= 0:
             return None
         allocation = self._space.allocate(weights)
-        if allocation is None or allocation.counts.tobytes() in self._known:
+        if allocation is None or (predicted := allocation.counts.tobytes()) in self._known:
             return None
-        self._known.add(allocation.counts.tobytes())
+        self._known.add(predicted)
         self._remaining_trials -= 1
         candidate = self._space.candidate(weights, allocation)
-        evaluation = None if candidate is None else self._judge(candidate)
-        if evaluation is not None:
-            self._learned.add(allocation.counts, evaluation.quality.fine)
-        return None if candidate is None or evaluation is None else (candidate, evaluation)
+        if candidate is None:
+            return None
+        counts = allocation.counts if candidate.factorize is not None else candidate.allocation.counts
+        if counts.tobytes() != predicted and counts.tobytes() in self._known:
+            return None
+        self._known.add(counts.tobytes())
+        evaluation = self._judge(candidate)
+        if evaluation is None:
+            return None
+        self._learned.add(counts, evaluation.quality.fine)
+        return candidate, evaluation
 
     def _order(self) -> list[int]:
         """Return columns with a choice, those first whose units cost most in all."""

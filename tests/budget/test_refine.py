@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,3 +77,24 @@ def test_no_more_trials_than_asked_for() -> None:
     tried = [(a, judge.of(a)) for a in one.candidates()]
     assert len(Refine(cuts(one), judge, 2).around(tried)) == 2
     assert Refine(cuts(one), judge, 0).around(tried) == []
+
+
+def test_candidates_are_corrected_until_they_fit_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate costs an eighth more than was predicted, as times do; none is lost to that."""
+    measured = SearchProblem.measured
+
+    def dearer(self: SearchProblem, *args: Any, **options: Any) -> dict[str, float]:
+        return {kind: 1.125 * cost for kind, cost in measured(self, *args, **options).items()}
+
+    monkeypatch.setattr(SearchProblem, "measured", dearer)
+    one = problem("macs=0.5")
+    candidates = one.candidates()
+    judge = Judge(one.sizes.steps)
+    tried = [(a, judge.of(a)) for a in candidates]
+    start = candidates[0].corrections
+    assert start["macs"] < 1
+    found = Refine(cuts(one, start), judge, 12).around(tried)
+    assert len(found) >= 6
+    for candidate, _ in found:
+        assert 0.4 * one.base("macs") < candidate.costs["macs"] <= one.limits()["macs"]
+    assert len({a.allocation.counts.tobytes() for a, _ in [*tried, *found]}) == len(tried) + len(found)
