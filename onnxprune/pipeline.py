@@ -38,6 +38,7 @@ from onnxprune.io.weights import Weight
 from onnxprune.io.write import assemble, check_output, save
 from onnxprune.plugins import Named
 from onnxprune.pruning.model_config import ModelConfig, target_of
+from onnxprune.recovery.importance import KnownImportances
 from onnxprune.report.facts import (
     Exactness,
     Fact,
@@ -369,6 +370,7 @@ class Context:
         outputs: kinds of outputs that the user set, {output: (kind, axis or None)}.
         labels: labels of the inputs, an array or its file; None without.
         known: outputs of the original that were computed so far.
+        importances: importances of positions in the original that were computed so far.
         restriction: the original that this one was made of before the first pass; None where it is the user's model.
         rotations: how ``analysis`` was made from the file of the original; empty: it is the file's.
     """
@@ -386,6 +388,7 @@ class Context:
     effort: Effort = EFFORTS["normal"]
     labels: Any = None
     known: KnownOutputs = field(default_factory=KnownOutputs)
+    importances: KnownImportances = field(default_factory=KnownImportances)
     restriction: Restriction | None = None
     model_config: ModelConfig | None = None
     rotations: tuple[PlanRotation, ...] = ()

@@ -29,6 +29,7 @@ class TrainingGraph:
         gradients: weight -> output with its gradient.
         frozen: weight -> reason why it has no gradient.
         further: further outputs.
+        squares: tensor of the forward pass -> output with the squares of its gradient, summed over channels.
     """
 
     model: onnx.ModelProto
@@ -36,6 +37,7 @@ class TrainingGraph:
     gradients: Mapping[str, str]
     frozen: Mapping[str, str]
     further: Sequence[str] = ()
+    squares: Mapping[str, str] = field(default_factory=dict)
 
 
 def training_graph(
@@ -45,6 +47,7 @@ def training_graph(
     *,
     inputs: Mapping[str, tuple[Sequence[int], Any]] | None = None,
     further: Sequence[str] = (),
+    squares: Mapping[str, int] | None = None,
 ) -> TrainingGraph:
     """Build the graph that computes a loss and its gradients.
 
@@ -54,6 +57,7 @@ def training_graph(
         weights: variables of ``graph`` whose gradients are wanted.
         inputs: additional inputs that the loss reads: shape and type by name.
         further: tensors of the forward pass to give as well.
+        squares: tensors of the forward pass whose squared gradients are wanted, and the axis to sum them over.
 
     Returns:
         the training graph; a weight whose way to the loss leads through an operator without a gradient is frozen.
@@ -68,12 +72,13 @@ def training_graph(
         nodes = [*graph.nodes, *_as_nodes(tape, graph)]
         constants = {**graph.constants, **tape.constants}
         try:
-            sent, frozen = _Backward(tape, nodes, constants, graph, blocked).run(value, weights)
+            walk = _Backward(tape, nodes, constants, graph, blocked, squares or {})
+            sent, frozen = walk.run(value, weights)
         except _Blocked as found:
             blocked[found.index] = found.reason
             continue
-        model = _model(graph, tape, [value, *sent.values(), *further], inputs or (), sent)
-        return TrainingGraph(model, value, sent, frozen, list(further))
+        model = _model(graph, tape, [value, *sent.values(), *walk.squared.values(), *further], inputs or (), sent)
+        return TrainingGraph(model, value, sent, frozen, list(further), walk.squared)
 
 
 def _as_nodes(tape: Tape, graph: StaticGraph) -> list[Node]:
@@ -95,30 +100,36 @@ class _Blocked(Exception):
 
 @dataclass(slots=True)
 class _Backward:
-    """The walk from the loss to the weights."""
+    """The walk from the loss to the weights, and to tensors on the way whose gradients are wanted too."""
 
     tape: Tape
     nodes: Sequence[Node]
     constants: Mapping[str, Array]
     graph: StaticGraph
     blocked: Mapping[int, str]
+    squares: Mapping[str, int]
     pending: dict[str, list[str]] = field(default_factory=dict)
+    squared: dict[str, str] = field(default_factory=dict)
 
     def run(self, loss: str, weights: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
         """Return the gradient of every weight that has one, and the reason for every other."""
-        frozen = self._frozen(loss, weights)
+        frozen = self._frozen(loss, [*weights, *self.squares])
         trained = [w for w in weights if w not in frozen]
-        dependents = self._depending(trained)
+        dependents = self._depending([*trained, *(n for n in self.squares if n not in frozen)])
         self.pending = {loss: [self.tape.scalar(1, loss)]}
         for node in reversed(self.nodes):
             if any(i in dependents for i in node.inputs):
                 self._through(node, dependents)
         sent = {w: g for w in trained if (g := self._take(w)) is not None}
+        for name in [n for n in self.squares if n not in frozen]:
+            self._square(name, self._take(name))
         frozen |= {w: "the loss does not depend on it" for w in trained if w not in sent}
         return sent, frozen
 
     def _through(self, node: Node, dependents: Collection[str]) -> None:
         gradients = [self._take(o) if o else None for o in node.outputs]
+        for output, gradient in zip(node.outputs, gradients, strict=True):
+            self._square(output, gradient)
         emit = gradient_of(node.domain, node.op, node.version)
         if emit is None or all(g is None for g in gradients):
             return
@@ -127,8 +138,13 @@ class _Backward:
             emit(reverse)
         except NoGradient as error:
             raise _Blocked(node.index, f"{node.kind} {node.label!r} {error}") from error
-        for i, gradient in reverse.sent.items():
-            self.pending.setdefault(node.inputs[i], []).append(gradient)
+        for i, sent in reverse.sent.items():
+            self.pending.setdefault(node.inputs[i], []).append(sent)
+
+    def _square(self, name: str, gradient: str | None) -> None:
+        """Emit the squares of a gradient, summed over channels, where they are wanted."""
+        if gradient is not None and name in self.squares:
+            self.squared[name] = self.tape.sum(self.tape.square(gradient), [self.squares[name]], keep=True)
 
     def _take(self, name: str) -> str | None:
         """Return the sum of all gradients of a tensor."""

@@ -267,6 +267,31 @@ def _spread(data: Array, total: int, num_rows: int) -> Picked:
     return np.minimum((starts + offsets * lengths).astype(np.int64), total - 1)
 
 
+# Importances that vary less, as their standard deviation over their mean, are what a random estimate happens to show.
+_ALIKE = 0.5
+
+
+def draw_rows(importance: Array, num_rows: int) -> Picked:
+    """Draw rows with probabilities of which half is even and half follows their importance; None where that is alike.
+
+    A least-squares fit to rows that are drawn weighs each by its probability. Draws are spread evenly: rows that are
+    alike are drawn equally often.
+
+    Args:
+        importance: importance of every row, [rows], 0 or more.
+        num_rows: number of rows to draw, some of them several times; never more than there are.
+    """
+    total = importance.size
+    mean, deviation = float(importance.mean(dtype=np.float64)), float(importance.std(dtype=np.float64))
+    if not _ALIKE * mean <= deviation < np.inf or not mean:
+        return None
+    edges = np.cumsum(0.5 / total + 0.5 / (mean * total) * importance.astype(np.float64))
+    count = min(num_rows, total)
+    seed = zlib.crc32(np.ascontiguousarray(importance).tobytes())
+    draws = (np.arange(count) + np.random.default_rng(seed).random(count)) / count
+    return np.minimum(np.searchsorted(edges, draws), total - 1)
+
+
 @lru_cache(maxsize=64)
 def _runs(total: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the starts and the lengths of ``count`` equally long runs of ``total`` rows."""

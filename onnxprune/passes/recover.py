@@ -37,13 +37,14 @@ from onnxprune.passes.comparable import (
 )
 from onnxprune.passes.prepared import Prepared
 from onnxprune.passes.recalibrated import Recalibrated, normalisations
+from onnxprune.passes.row_importance import Importances, row_importances
 from onnxprune.passes.synthetic import draw_calibration
 from onnxprune.passes.workspace import Workspace
 from onnxprune.pipeline import Context, HoldOut, Model, ModelParts, Pass, PassResult, Requirement, uninterrupted
 from onnxprune.recovery import MODES
 from onnxprune.recovery.attention import Mixing, find_pairs, mixings
 from onnxprune.recovery.in_floats import in_floats
-from onnxprune.recovery.layer import Counted, Get, Problem, recover_layer
+from onnxprune.recovery.layer import Counted, Get, Importance, Problem, recover_layer
 from onnxprune.recovery.regression import HOLD_OUT_PERIOD, Solution
 from onnxprune.recovery.targets import Layer, RecoveryTarget, RecoveryTargets, find_targets
 from onnxprune.report.facts import FEW_SAMPLES, Fact, Fidelity, Recovered, Recovery, Remark, Repair
@@ -294,7 +295,7 @@ def _too_few(source: CalibrationBatches) -> UsageError:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever layers are fitted in another way."""
 
 Fitted = tuple[Solution, tuple[int, int, int]]
@@ -384,7 +385,7 @@ HAS_INPUTS = Requirement(
     "calibration data, and there is none", lambda context, _: context.calibration is not None, NO_DATA, of_context=True
 )
 
-_Values = tuple[Get, Get, Any, Sequence[int], int, Counted]
+_Values = tuple[Get, Get, Any, Sequence[int], int, Counted, Importance]
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,6 +531,7 @@ class Recover(Pass):
         weights: Mapping[str, Weight],
         after: Survivors,
         feeds: Sequence[Feed],
+        importances: Sequence[Importances],
     ) -> _Values:
         """Return the tensor values that a problem needs; the store of the pruned model comes first."""
         get = of_iterations(store[1].get, target.conditions, weights) if target.conditions else store[1].get
@@ -541,7 +543,21 @@ class Recover(Pass):
         ]
         samples = sum(count(feeds[b]) for b in usable)
         counted: Counted = lambda b, sizes: counted_rows(feeds[b], sizes)  # noqa: E731
-        return data, get, after.steps(target.path.target), usable, samples, counted
+        importance: Importance = lambda b: importances[b].get(target.path.target)  # noqa: E731
+        return data, get, after.steps(target.path.target), usable, samples, counted, importance
+
+    def _importances(
+        self, context: Context, full: Graph, targets: RecoveryTargets, feeds: Sequence[Feed]
+    ) -> Sequence[Importances]:
+        """Return the importances of positions of the targets in the original, for every batch."""
+        every_target = [target for level in targets.levels for target in level]
+        axes = {
+            target.path.target: target.form.axes[0]
+            for target in every_target
+            if len(target.form.axes) == 1 and not (target.path.is_rearranged or target.conditions or target.recurrent)
+        }
+        is_wanted = self.mode == "full" and not self.near and context.calibration is not None
+        return row_importances(context, full, axes if is_wanted else {}, feeds)
 
     def _repair(
         self,
@@ -575,6 +591,7 @@ class Recover(Pass):
         full_run = Segments(full, full_weights, needs_of_original, store[1], within, branches, starts)
         for run in (cut_run, full_run):
             run.feed(feeds)
+        importances = self._importances(context, full, targets, feeds)
         # Labels belong to the model before pruning and do not cover factorized layers.
         pairwise = self.mode == "full" and not pruned.is_factorized
         pairs = find_pairs(analysis.table, analysis.units.component, after, targets) if pairwise else []
@@ -592,7 +609,9 @@ class Recover(Pass):
         with context.stages.until_interrupted(lambda: _so_far(repairs, targets)):
             for number, level in enumerate(targets.levels):
                 _run_piece((cut_run, full_run), number)
-                values.update({a.node.index: self._values(a, store, full_weights, after, feeds) for a in level})
+                values.update(
+                    {a.node.index: self._values(a, store, full_weights, after, feeds, importances) for a in level}
+                )
                 layers = [Layer(graph, weights, a) for a in level if values[a.node.index][3]]
                 targets.reasons.update({a.node.label: NEVER for a in level if not values[a.node.index][3]})
                 mixed.update(mixings([p for p in pairs if p.level == level[0].level], store[1].get, store[1].batches))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError
 
-from onnxprune.operators.contractions import Picked, pick, rows_per_sample
+from onnxprune.operators.contractions import Picked, draw_rows, pick, rows_per_sample
 from onnxprune.recovery.attention import Mixing
 from onnxprune.recovery.regression import (
     HOLD_OUT_PERIOD,
@@ -31,6 +31,7 @@ from onnxprune.recovery.targets import RecoveryTarget
 Array = NDArray[Any]
 Get = Callable[[str, int], Array]
 Counted = Callable[[int, Sequence[int]], "NDArray[np.bool_] | None"]
+Importance = Callable[[int], "Array | None"]
 """(tensor, number of the batch) -> value."""
 
 # Largest number of rows per unknown to fit a layer to. A layer of few unknowns has the rows of so many unknowns, since
@@ -129,6 +130,8 @@ class Problem:
         samples: number of samples in these batches.
         counted: function from a batch and the sizes of rows to which of them are no padding, [rows], bool; None from it
             where all count.
+        importance: function from a batch to the importance of the positions of the output, [samples, ..., 1, ...]; None
+            from it where all are alike.
         mixing: mixed channels that replace some of the survivors in the target.
         density: largest number of rows per unknown to fit to.
         mask: weights that may change, [parts, n, o]; None: all.
@@ -144,6 +147,7 @@ class Problem:
     batches: Sequence[int]
     samples: int
     counted: Counted = lambda _batch, _sizes: None
+    importance: Importance = lambda _batch: None
     mixing: Mixing | None = None
     density: int = _ROWS
     mask: Mask | None = None
@@ -216,7 +220,24 @@ class Problem:
         form = self.layer.form
         least = self.density * _FEW // (2 if form.parts > 1 else 1)
         per_sample = rows_per_sample(form, self.channels, self.samples, self.density, least)
-        return pick(form, data, per_sample, self.counted(batch, data.shape[:-1]))
+        counted, num_rows = self.counted(batch, data.shape[:-1]), per_sample * len(data)
+        importance = self._importance_of_rows(batch, data.shape)
+        if importance is None or (counted is not None and counted.size != importance.size):
+            return pick(form, data, per_sample, counted)
+        places = np.arange(importance.size) if counted is None else np.flatnonzero(counted)
+        picked = draw_rows(importance[places], num_rows) if places.size else None
+        return pick(form, data, per_sample, counted) if picked is None else places[picked]
+
+    def _importance_of_rows(self, batch: int, data: Sequence[int]) -> Array | None:
+        """Return the importance of every row of a batch, [rows]; None where it is not known."""
+        importance = self.importance(batch)
+        if importance is None:
+            return None
+        shape = self.layer.form.output_shape(data, self.weight)
+        sizes = zip(importance.shape, shape, strict=False)
+        if len(importance.shape) != len(shape) or any(m not in (1, n) for m, n in sizes):
+            return None
+        return self.layer.form.rows(np.broadcast_to(importance, shape))[0, :, 0]
 
     def _read(self, batch: int, all_rows: bool = False) -> Rows:
         form, path = self.layer.form, self.layer.path

@@ -12,7 +12,9 @@ from differences import check, static, weighted
 
 import onnxprune as op
 from onnxprune.gradients.backward import training_graph
+from onnxprune.gradients.static import StaticGraph
 from onnxprune.operators.registry import gradient_of, unregister
+from onnxprune.runtime.sessions import open_session, run
 from onnxprune.training.parameters import heads, trainable
 
 FEED = {"x": np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)}
@@ -143,3 +145,37 @@ def test_what_changes_its_size_with_the_values_is_fitted_in_front_of_it(selectio
     tensors = {head.tensor for head in heads(graph, trainable(graph)[0])}
     assert tensors and tensors.isdisjoint({last, chosen, *graph.producer[chosen].outputs})
     assert {np.prod(graph.shapes[name]) for name in tensors} <= {8 * 4, 8}
+
+
+def test_squares_of_gradients_of_tensors_on_the_way() -> None:
+    """The gradient of a tensor is that of an addend behind it; two nodes read the tensor."""
+    rng = np.random.default_rng(5)
+    x, z = rng.standard_normal((2, 3, 5, 5)).astype(np.float32), rng.standard_normal((2, 4, 5, 5)).astype(np.float32)
+
+    def graph_of(shifted: bool) -> StaticGraph:
+        net = Net(18, seed=4)
+        first = net.conv(net.input("x", ["N", 3, 5, 5]), 3, 6)
+        layers = [net.weight(4, 6, 3, 3) for _ in range(2)]
+        read = net.op("Add", first, net.weight(2, 6, 5, 5, scale=0.0)) if shifted else first
+        both = [
+            net.op("Conv", net.op(op, read), w, pads=[1] * 4) for op, w in zip(("Relu", "Tanh"), layers, strict=True)
+        ]
+        return static(net.model(net.op("Add", *both)), {"x": x})
+
+    def values_of(graph: StaticGraph, weights: list[str], squares: dict[str, int]) -> list[np.ndarray]:
+        (output,) = graph.outputs
+        inputs = {"z": (z.shape, np.dtype(np.float32))}
+        made = training_graph(
+            graph, lambda tape: tape.total(tape.mul(output, "z")), weights, inputs=inputs, squares=squares
+        )
+        assert list(made.gradients) == weights and list(made.squares) == list(squares)
+        feed = {"x": x, "z": z, **{name: graph.constants[name] for name in weights}}
+        values = run(open_session(made.model.SerializeToString()), feed)
+        return [values[name] for name in (*made.gradients.values(), *made.squares.values())]
+
+    graph = graph_of(True)
+    (gradient,) = values_of(graph, [n for n, value in graph.constants.items() if value.shape == (2, 6, 5, 5)], {})
+    graph = graph_of(False)
+    first = next(node for node in graph.nodes if node.op == "Conv").outputs[0]
+    (square,) = values_of(graph, [], {first: 1})
+    np.testing.assert_allclose(square, np.square(gradient).sum(axis=1, keepdims=True), rtol=1e-5)
