@@ -282,8 +282,8 @@ def draw_rows(importance: Array, num_rows: int) -> Picked:
         num_rows: number of rows to draw, some of them several times; never more than there are.
     """
     total = importance.size
-    mean, deviation = float(importance.mean(dtype=np.float64)), float(importance.std(dtype=np.float64))
-    if not _ALIKE * mean <= deviation < np.inf or not mean:
+    mean = float(importance.mean(dtype=np.float64))
+    if not 0 < mean < np.inf or importance.std(dtype=np.float64) < _ALIKE * mean:
         return None
     edges = np.cumsum(0.5 / total + 0.5 / (mean * total) * importance.astype(np.float64))
     count = min(num_rows, total)

@@ -241,7 +241,7 @@ class _Check:
 
         These are outputs that never vary, and those that differ by no more than their own rounding.
         """
-        undecided = [*comparison.uncertain, *comparison.idle]
+        undecided = list(dict.fromkeys([*comparison.uncertain, *comparison.idle]))
         witnesses = Witnesses(self.analysis.table, self.removed, probe, masked, self.model)
         names = witnesses.upstream(undecided)
         if names:

@@ -162,6 +162,11 @@ class _Regularization(Training):
     penalty: Penalty | None = None
 
     @property
+    def least_gain(self) -> float:
+        """0: units that become 0 are gained, and not points."""
+        return 0.0
+
+    @property
     def stage(self) -> str:
         """The name of the stage that progress is told of."""
         return "regularize"

@@ -50,6 +50,7 @@ RATE, FEATURES = 4e-3, 4
 _FEATURE_SHARE = 0.3  # the share of the outputs' loss at the beginning
 _CODED_PROBE = 0.05
 _SETTLED = 1e-6  # a loss below it is none
+_LEAST_GAIN = 0.02  # points on the hold-out: less says nothing of other samples
 _BOLDNESS = 1 / 16  # largest step, relative to the random one that would double the loss
 _MEMORY = 512 << 20
 _FEW_SAMPLES, _TRIAL = 512, 0.25  # samples below which both ways are tried, each for this share of the effort
@@ -189,6 +190,11 @@ class Training:
         self.judged[judgement.distance] = judgement
         return judgement.distance
 
+    @property
+    def least_gain(self) -> float:
+        """Points that weights have to gain on the hold-out to be kept; 0 where labels or a loss are learnt as well."""
+        return _LEAST_GAIN if self.held_labels is None and self.own_loss is None else 0.0
+
     def _train_all(self, effort: Effort, keeper: Keeper | None = None) -> Course:
         """Train all weights together."""
         first, balance = self.draw(0), self.balance
@@ -204,7 +210,8 @@ class Training:
         rate = min(self.settings.rate, _BOLDNESS * doubling)
         optimizer, error = self.optimizer(sizes), partial(standard_error, samples=self.split.num_held_out)
         tell = partial(self.context.tell, self.stage)
-        return train(self.step, optimizer, self.parameters, self.draw, self.judge, effort, rate, error, tell, keeper)
+        course = self.step, optimizer, self.parameters, self.draw, self.judge, effort, rate, error, tell, keeper
+        return train(*course, least_gain=self.least_gain)
 
     def _by_blocks(self, effort: Effort, keeper: Keeper | None = None) -> Course:
         """Train one block after the other."""

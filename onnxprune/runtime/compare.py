@@ -45,15 +45,20 @@ class Output:
         return max(self.error / self.tolerance, share)
 
     @property
+    def is_zero(self) -> bool:
+        """Return whether its values are numbers next to zero."""
+        return bool(self.eps) and max(abs(self.low), abs(self.high)) <= _SMALLEST_PEAK
+
+    @property
     def vacuous(self) -> str:
         """The reason why equality of this output proves nothing, or an empty string."""
         if not self.elements:
             return "is empty"
         if self.low > self.high:
             return "has no finite value"
-        peak = max(abs(self.low), abs(self.high))
-        if self.eps and peak <= _SMALLEST_PEAK:
+        if self.is_zero:
             return "is zero"
+        peak = max(abs(self.low), abs(self.high))
         if self.high - self.low <= self.tolerance * peak * bool(self.eps):
             return "is constant"
         return ""
@@ -305,9 +310,19 @@ def compare_models(
     uncertain = [
         name
         for name in comparison.failed
-        if not outputs[name].differing and 0 < outputs[name].error <= _FLOOR_FACTOR * floors.get(name, 0.0)
+        if not outputs[name].differing and 0 < outputs[name].error <= _own_rounding(outputs[name], floors)
     ]
     return comparison._replace(uncertain=tuple(uncertain))
+
+
+def _own_rounding(output: Output, floors: Mapping[str, float]) -> float:
+    """Return the error up to which rounding explains the difference of an output.
+
+    Where its values are next to zero, that is a unit of the last place of 1: a sigmoid is computed from numbers of that
+    size, so that all disturbances of a run may round to the same value, and the other model to the next one.
+    """
+    floor = _FLOOR_FACTOR * floors.get(output.name, 0.0)
+    return max(floor, output.eps / _SMALLEST_PEAK) if output.is_zero else floor
 
 
 def _only_errors(outputs: dict[str, Output]) -> bool:

@@ -122,6 +122,7 @@ def train(
     uncertainty: Uncertainty = lambda distance: 0.0,
     progress: Callable[[float], None] = lambda share: None,
     keeper: Keeper | None = None,
+    least_gain: float = 0.0,
 ) -> Course:
     """Train weights, and leave the best of them in ``parameters``.
 
@@ -132,10 +133,10 @@ def train(
     at an interruption, and a training that was broken off goes on from there: ``draw`` has to give the same calls for
     the same number. Weights at the end of a training that was not broken off
     have had the smallest steps: they are kept where they are as good as the best within the uncertainty of that, and
-    better than those before.
+    better than those before. Weights that are better than those before by no more than ``least_gain`` are not kept.
     """
     course = Course()
-    guard = _Guard(parameters, judge, course)
+    guard = _Guard(parameters, judge, course, least_gain)
     state = _State(course, guard, optimizer, parameters, rate, keeper)
     if not state.resume():
         guard.look(0)
@@ -231,8 +232,8 @@ class _State:
 class _Guard:
     """The best weights so far."""
 
-    def __init__(self, parameters: Parameters, judge: Judge, course: Course) -> None:
-        self._parameters, self._judge, self._course = parameters, judge, course
+    def __init__(self, parameters: Parameters, judge: Judge, course: Course, least_gain: float) -> None:
+        self._parameters, self._judge, self._course, self._least_gain = parameters, judge, course, least_gain
         self.best: Vector = parameters.vector.copy()
         self.distance = math.inf
 
@@ -241,7 +242,8 @@ class _Guard:
         distance = self._judge() if np.isfinite(self._parameters.vector).all() else math.inf
         distance = math.inf if math.isnan(distance) else distance
         self._course.curve.append((step, distance))
-        if distance < self.distance:
+        least = self._least_gain if step and not self._course.best else 0.0
+        if distance < self.distance - least:
             self.distance, self._course.best = distance, step
             self.best[:] = self._parameters.vector
         return distance
@@ -250,7 +252,7 @@ class _Guard:
         """Keep the present weights where the training was finished with them and they are as good; else the best."""
         (_, before), (step, last) = self._course.curve[0], self._course.curve[-1]
         finished = step == self._course.steps and not self._course.stopped
-        if finished and last < before and last <= self.distance + uncertainty(self.distance):
+        if finished and last < before - self._least_gain and last <= self.distance + uncertainty(self.distance):
             self._course.best = step
             return
         self.restore()

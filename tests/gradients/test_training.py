@@ -125,6 +125,7 @@ def distilled(
     error: float = 0.0,
     keeper: Any = None,
     draws: Any = None,
+    least_gain: float = 0.0,
     **effort: Any,
 ) -> tuple[Course, Parameters, Any]:
     """Train one network to answer as another one does."""
@@ -142,7 +143,7 @@ def distilled(
     judge = judge or (lambda: step([call]))
     adam = Adam(parameters, sizes)
     draw = draws or (lambda number: [call])
-    more = {"keeper": keeper}
+    more = {"keeper": keeper, "least_gain": least_gain}
     course = train(step, adam, parameters, draw, judge, Effort(steps, **effort), rate, lambda _: error, **more)
     assert teacher.variables
     return course, parameters, step([call])
@@ -389,3 +390,14 @@ def test_products_of_the_optimiser_take_one_thread() -> None:
 
     distilled(10, judge=judge)
     assert set(threads[len(threads) // 2 :]) == {1}
+
+
+def test_a_gain_of_next_to_nothing_is_none() -> None:
+    values = [1.0, 0.99, 0.99, 0.985, 0.99, 0.95, 0.94, 0.96, 0.95, 0.95, 0.98]
+    for least, best in ((0.1, 0), (0.02, 36), (0.001, 36)):
+        judged = iter(values)
+        course, parameters, _ = distilled(60, judge=lambda judged=judged: next(judged), least_gain=least)
+        assert course.best == best
+        if not best:
+            start, name = mlp(0), next(iter(parameters.spans))
+            np.testing.assert_array_equal(parameters.views(parameters.vector)[name], start.constants[name])

@@ -11,6 +11,7 @@ from build import Net
 from numpy.typing import NDArray
 from planted import draw, error, how, repaired
 
+import onnxprune as op
 from onnxprune.channels.plan import Plan, PlanGroup, PlanSlot
 from onnxprune.operators.codes import pack
 
@@ -150,3 +151,30 @@ def test_integer_layers(form: str) -> None:
         assert list(m.opset_import) == list(model.opset_import)
     kinds = [[(t.name, t.data_type, list(t.dims)) for t in m.graph.initializer] for m in (before, result.model)]
     assert kinds[0] == kinds[1]
+
+
+def test_a_recovered_pair_with_a_coded_bias_belongs_together() -> None:
+    """The 32 bits of a bias are codes, which a recovery changes: they are no sizes or indices."""
+    net = Net(17)
+    rng = np.random.default_rng(6)
+    x = net.input("x", ["N", 4, 6, 6])
+
+    def layer(x: str, ins: int, outs: int) -> str:
+        weight = rng.normal(size=(outs, ins, 3, 3)).astype(np.float32)
+        scale = np.float32(np.abs(weight).max() / 127)
+        codes = net.const(np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), np.int8)
+        weight = net.op("DequantizeLinear", codes, net.const(scale), net.const(np.int8(0), np.int8))
+        codes = net.const(rng.integers(-4000, 4000, outs).astype(np.int32), np.int32)
+        bias = net.op("DequantizeLinear", codes, net.const(np.float32(1e-3)))
+        return net.op("Conv", x, weight, bias, pads=[1] * 4)
+
+    model = net.model(layer(net.op("Relu", layer(x, 4, 16)), 16, 5))
+    data = {"x": rng.normal(size=(80, 4, 6, 6)).astype(np.float32)}
+    small = op.prune(model, ratio=0.5, data=data, finetune="none", latency=False)
+    biases = [
+        {t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer if t.data_type == onnx.TensorProto.INT32}
+        for m in (op.prune(model, plan=small.plan, recover="none", latency=False).model, small.model)
+    ]
+    assert any((biases[0][name] != biases[1][name]).any() for name in biases[0])
+    again = op.recover(model, small.model, plan=small.plan, data=data, finetune="none")
+    assert again.report.recovery.samples

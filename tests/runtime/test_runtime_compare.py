@@ -9,7 +9,7 @@ from runtime_models import mlp, model
 
 from onnxprune.errors import ModelError
 from onnxprune.report.facts import Exactness
-from onnxprune.runtime.compare import exactness, noise_floor
+from onnxprune.runtime.compare import compare_models, exactness, noise_floor
 
 FEEDS = [{"x": np.random.default_rng(n).standard_normal((n, 4)).astype(np.float32)} for n in (2, 3)]
 
@@ -204,3 +204,15 @@ def test_sensitivity_raises_the_tolerance_but_never_above_the_cap() -> None:
 def test_noise_floor_of_a_model_of_integers_is_zero() -> None:
     text = "agraph (int64[N] x) => (int64[N] y) { y = Add(x, x) }"
     assert noise_floor(model(text), [{"x": np.arange(5)}]) == 0.0
+
+
+@pytest.mark.parametrize(("value", "other", "uncertain"), [(1e-8, 4e-8, True), (1e-8, 5e-7, False), (0.5, 0.6, False)])
+def test_values_next_to_zero_differ_by_the_last_place_of_one(value: float, other: float, uncertain: bool) -> None:
+    """A sigmoid of -18 is 0 or the next number below 1 away from 1; no disturbance of the run need show that."""
+
+    def sum_of(c: float) -> bytes:
+        text = "agraph (float[N,4] x) => (float[N,4] y) { z = Mul(x, zero) y = Add(z, c) }"
+        return model(text, zero=np.zeros((), np.float32), c=np.float32(c))
+
+    comparison = compare_models(sum_of(value), sum_of(other), FEEDS)
+    assert comparison.failed == ("y",) and comparison.uncertain == (("y",) if uncertain else ())
