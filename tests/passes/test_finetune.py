@@ -96,6 +96,14 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert one == other
 
 
+def test_a_training_that_gains_next_to_nothing_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pruned model is 0.003 points away: less says nothing of other samples."""
+    monkeypatch.setattr("onnxprune.passes.training._LEAST_GAIN", 0.02)
+    facts = tuned().report.finetuning
+    assert facts.before.points > 99.98 and facts.undone
+    assert min(distance for _, distance in facts.curve) < facts.curve[0][1]
+
+
 def test_a_training_that_helps_nothing_is_undone() -> None:
     """A cut of nothing but dead channels is exact; no step can make it better."""
     model = net()
