@@ -18,6 +18,7 @@ from onnxprune.runtime.sessions import Array, Feed, Openable, Progress, at_sizes
 TOLERANCE = 1e-4  # float32: rounding of sums taken in another order, a few hundred layers deep
 _INTEGER_SHARE = 0.005  # of argmax-like outputs, where two floats tie
 _SMALLEST_PEAK = 1e-6
+_SMALL_PEAK = 1e-5  # of outputs that a unit of the last place of 1 decides
 
 
 @dataclass(slots=True)
@@ -45,9 +46,9 @@ class Output:
         return max(self.error / self.tolerance, share)
 
     @property
-    def is_zero(self) -> bool:
-        """Return whether its values are numbers next to zero."""
-        return bool(self.eps) and max(abs(self.low), abs(self.high)) <= _SMALLEST_PEAK
+    def peak(self) -> float:
+        """The largest magnitude; infinite where no value is finite."""
+        return max(abs(self.low), abs(self.high))
 
     @property
     def vacuous(self) -> str:
@@ -56,10 +57,9 @@ class Output:
             return "is empty"
         if self.low > self.high:
             return "has no finite value"
-        if self.is_zero:
+        if self.eps and self.peak <= _SMALLEST_PEAK:
             return "is zero"
-        peak = max(abs(self.low), abs(self.high))
-        if self.high - self.low <= self.tolerance * peak * bool(self.eps):
+        if self.high - self.low <= self.tolerance * self.peak * bool(self.eps):
             return "is constant"
         return ""
 
@@ -322,7 +322,7 @@ def _own_rounding(output: Output, floors: Mapping[str, float]) -> float:
     size, so that all disturbances of a run may round to the same value, and the other model to the next one.
     """
     floor = _FLOOR_FACTOR * floors.get(output.name, 0.0)
-    return max(floor, output.eps / _SMALLEST_PEAK) if output.is_zero else floor
+    return max(floor, output.eps / max(output.peak, _SMALLEST_PEAK)) if output.peak <= _SMALL_PEAK else floor
 
 
 def _only_errors(outputs: dict[str, Output]) -> bool:

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from planted_factors import draw, factorized, names_of, outputs
 
+import onnxprune as op
+from onnxprune.errors import ValidationError
 from onnxprune.factorization.decompositions import METHODS, Ranks
 from onnxprune.operators.kernels import Shape
+from onnxprune.passes import products
 
 Build = Callable[[Net], str]
 Case = tuple[str, Build, Shape, dict[str, Any]]
@@ -175,3 +178,25 @@ def test_before_ir_4_new_weights_are_constants() -> None:
     feed: dict[str, NDArray[Any]] = {"x": np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
     for a, b in zip(outputs(model, feed), outputs(made, feed), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_scores_next_to_zero_are_checked_in_front_of_the_sigmoid(
+    spoiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of 1e-7 are decided by the last place of 1; what they are computed from is not."""
+    net = Net(17, seed=3)
+    y = net.linear(net.op("Tanh", net.linear(net.input("x", ["N", 64]), 64, 64)), 64, 64)
+    model = net.model(net.op("Reshape", net.op("Sigmoid", net.op("Sub", y, net.const(14.0))), net.const([-1, 8, 8])))
+    compose = products.compose_layers
+
+    def composed(graph: Any, weights: Any, layers: Any, kernels: Any) -> None:
+        compose(graph, weights, layers, [1.01 * kernel if spoiled else kernel for kernel in kernels])
+
+    monkeypatch.setattr(products, "compose_layers", composed)
+    if spoiled:
+        with pytest.raises(ValidationError, match="do not compute the product"):
+            op.factorize(model, ratio=0.4, timed=False, latency=False)
+        return
+    result = op.factorize(model, ratio=0.4, timed=False, latency=False)
+    assert any(layer.method for layer in result.report.factorized)

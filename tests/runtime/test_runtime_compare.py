@@ -206,7 +206,10 @@ def test_noise_floor_of_a_model_of_integers_is_zero() -> None:
     assert noise_floor(model(text), [{"x": np.arange(5)}]) == 0.0
 
 
-@pytest.mark.parametrize(("value", "other", "uncertain"), [(1e-8, 4e-8, True), (1e-8, 5e-7, False), (0.5, 0.6, False)])
+@pytest.mark.parametrize(
+    ("value", "other", "uncertain"),
+    [(1e-8, 4e-8, True), (2e-6, 2.1e-6, True), (1e-8, 5e-7, False), (2e-6, 2.3e-6, False), (0.5, 0.6, False)],
+)
 def test_values_next_to_zero_differ_by_the_last_place_of_one(value: float, other: float, uncertain: bool) -> None:
     """A sigmoid of -18 is 0 or the next number below 1 away from 1; no disturbance of the run need show that."""
 
