@@ -92,10 +92,10 @@ def _with_outputs(parts: ModelParts, without: Sequence[str], names: Sequence[str
     """Return a model without some outputs, and with tensors as outputs in their place."""
     proto = onnx.ModelProto()
     proto.CopyFrom(parts[0])
-    kept = [output for output in proto.graph.output if output.name not in without]
-    present = {output.name for output in kept}
+    outputs = [output for output in proto.graph.output if output.name not in without]
+    present = {output.name for output in outputs}
     del proto.graph.output[:]
-    proto.graph.output.extend(kept)
+    proto.graph.output.extend(outputs)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
     return proto, parts[1]
 
