@@ -21,17 +21,24 @@ LEAST_SAMPLES, _LEAST_DENSE_SAMPLES = 64, 16
 _MOST_ANSWERS, _LEAST_BATCH = 32, 4
 _MOST_STEPS = 2000
 _PASSES = 3  # multiply-accumulates of a step, in runs of the model
+_PER_ELEMENT = 12  # multiply-accumulates in whose time an element of a tensor is written and read
 
 
 def short_steps(context: Context, model: Model) -> int:
-    """Return the number of steps that the effort of a run allows for this model, by its multiply-accumulates."""
-    inputs = model.analysis.facts.probes[0].inputs
+    """Return the number of steps that the effort of a run allows for this model.
+
+    They are counted in multiply-accumulates, or where a model has few of them for its tensors, in elements of these.
+    """
+    inputs, shapes = model.analysis.facts.probes[0].inputs, model.analysis.facts.probes[0].shapes
     axes = sample_axes(input_specs(model.analysis.graph))
     known = ((shape, axes.get(name, 0)) for name, shape in inputs.items() if shape)
     batch = max(min((shape[axis] for shape, axis in known if axis is not None), default=1), 1)
     macs = sum(layer.macs_before for layer in model.analysis.layers) / batch
+    tensors = [shapes.get(name) or () for node in model.analysis.graph.nodes for name in node.outputs if name]
+    elements = sum(math.prod(shape) for shape in tensors if None not in shape) / batch
     size = default_batch(answers_of_sample(model.analysis, inputs))
-    return int(min(_MOST_STEPS, context.effort.training / (_PASSES * size * max(macs, 1.0))))
+    work = max(macs, _PER_ELEMENT * elements, 1.0)
+    return int(min(_MOST_STEPS, context.effort.training / (_PASSES * size * work)))
 
 
 def answers_of_sample(analysis: Analysis, shapes: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from onnxprune.channels.analysis import Analysis
 from onnxprune.graph.probes import InputSpec, sample_axes
 from onnxprune.io.read import load
 from onnxprune.passes.training import Training
-from onnxprune.passes.training_sizes import answers_of_sample
+from onnxprune.passes.training_sizes import answers_of_sample, short_steps
+from onnxprune.pipeline import Context, Model
 from onnxprune.training.samples import TrainingSamples
 
 DATA = {"x": np.random.default_rng(1).standard_normal((192, 3, 8, 8)).astype(np.float32)}
@@ -584,3 +586,20 @@ def test_inputs_of_many_sizes() -> None:
     assert any("samples have other sizes than most, and were not trained on" in text for text in report.warnings)
     with pytest.raises(op.UsageError, match="trains on inputs of one size"):
         run([3, 4, 5, 6, 7, 8, 9, 10] * 8)
+
+
+def test_a_net_of_large_tensors_gets_fewer_steps() -> None:
+    """Twenty activations of a layer of few multiply-accumulates take longer than it does."""
+
+    def steps(activations: int, channels: int) -> int:
+        one = Net(17)
+        y = one.conv(one.input("x", ["N", 2, 256, 256]), 2, channels)
+        for _ in range(activations):
+            y = one.op("Relu", y)
+        context = Context.of(one.model(one.op("GlobalAveragePool", one.conv(y, channels, 2))))
+        context = replace(context, effort=replace(context.effort, training=2e11))
+        return short_steps(context, Model.of(context.analysis))
+
+    assert steps(1, 16) == steps(3, 16) == int(2e11 / (3 * 32 * 256 * 256 * 2 * 9 * 2 * 16))
+    elements = 256 * 256 * (16 * 21 + 2) + 2
+    assert steps(20, 16) == int(2e11 / (3 * 32 * 12 * elements)) > 1
