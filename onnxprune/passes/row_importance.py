@@ -109,7 +109,10 @@ class _Calls:
             return {}
         gradients, count = opened
         draw = np.random.default_rng(seed)
-        parts = [gradients.importances(part, draw) for part in self._parts(feed, count)]
+        try:
+            parts = [gradients.importances(part, draw) for part in self._parts(feed, count)]
+        except ModelError:  # a recovery does without
+            return {}
         names = set(parts[0]).intersection(*parts)
         return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}
 
