@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -18,7 +17,7 @@ from onnxprune.graph.probes import SampleAxes, input_specs, sample_axes
 from onnxprune.graph.view import Graph
 from onnxprune.pipeline import Context
 from onnxprune.runtime.masks import Padding
-from onnxprune.runtime.sessions import Array, Feed, open_session, run
+from onnxprune.runtime.sessions import Array, Feed, digest_of, open_session, run
 from onnxprune.training.parameters import heads
 from onnxprune.training.samples import position_axes
 
@@ -58,7 +57,7 @@ def row_importances(context: Context, graph: Graph, axes: Axes, feeds: Sequence[
     calls = _Calls(graph, axes, sample_axes(input_specs(analysis.graph)), context.memory_limit or _MEMORY)
 
     def of_call(feed: Feed) -> Importances:
-        key = analysis.loaded.sha256, _digest(feed)
+        key = analysis.loaded.sha256, digest_of(feed)
         known = context.importances.get(key)
         if axes.keys() <= known.keys():
             return known
@@ -73,16 +72,6 @@ def _has_positions(analysis: Analysis) -> bool:
     """Return whether an output has several positions per sample."""
     shapes = [analysis.facts.probes[0].shapes.get(name) or () for name in analysis.graph.outputs]
     return any(shape[axis] != 1 for shape in shapes for axis in position_axes(len(shape)))
-
-
-def _digest(feed: Feed) -> bytes:
-    """Return a digest of the values of a call."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(feed):
-        value = feed[name]
-        data = repr(value.tolist()).encode() if value.dtype == object else np.ascontiguousarray(value).tobytes()
-        digest.update(f"{name} {value.shape} {value.dtype} ".encode() + data)
-    return digest.digest()
 
 
 class _Calls:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -128,6 +129,16 @@ _NO_KERNEL = (
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*? was false\. ?")
 _CUT_ANYWAY = f"Use {argument('validate', False)} to cut it all the same, with a structural check in place of a run."
+
+
+def digest_of(feed: Feed) -> bytes:
+    """Return a digest of inputs by name, type, shape and value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(feed.items()):
+        array = np.asarray(value)
+        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+        digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
+    return digest.digest()
 
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -24,7 +24,7 @@ from onnxprune.passes.joint_budget import JointBudget
 from onnxprune.pipeline import Context, Model, apply
 from onnxprune.search.evaluation import Evaluation, pruned_model
 from onnxprune.search.problem import Candidate, Evaluated, LimitCorrection, SearchProblem
-from onnxprune.search.refine import Space
+from onnxprune.search.refine import Space, weighed
 
 Array = NDArray[np.float64]
 Judge = Callable[[Candidate], Evaluation | None]
@@ -189,7 +189,7 @@ class Mixture:
         choices = problem.choices[problem.lead]
         weighted = exclude_parts(choices, self._parts) if np.isinf(rate) else add_parts(choices, self._parts, rate)
         if weights is not None:
-            weighted = Choices(weighted.options, [w * x for w, x in zip(weights, weighted.losses, strict=True)])
+            weighted = weighed(weighted, weights)
         limits = problem.corrected_limits()
         if self._timed:
             limits["latency"] *= factor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections import OrderedDict
@@ -10,15 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 
-import numpy as np
-
 from onnxprune.report.facts import AnswerFidelity, Fidelity, OutputFidelity
 from onnxprune.runtime.capture import MEMORY
 from onnxprune.runtime.fidelity.figures import Sums, add, finish
 from onnxprune.runtime.fidelity.kinds import Hint, Level, Part, Reading, read_outputs
 from onnxprune.runtime.fidelity.measures import Measure, measure_of
 from onnxprune.runtime.masks import Padding, without_padding
-from onnxprune.runtime.sessions import Feed, Openable, at_sizes_of, open_session, run
+from onnxprune.runtime.sessions import Feed, Openable, at_sizes_of, digest_of, open_session, run
 
 Outputs = Mapping[str, tuple[str, int | None]]
 """Kinds of outputs as a user set them: {output: (kind, axis or None)}."""
@@ -64,7 +61,7 @@ class KnownOutputs:
         """
         if not self._limit:
             return compute(feed)
-        key = _digest(feed)
+        key = digest_of(feed)
         with self._lock:
             self._now += 1
             previous = self._requests.pop(key, 0)
@@ -103,16 +100,6 @@ class KnownOutputs:
 
 def _num_bytes(outputs: Feed) -> int:
     return sum(value.nbytes for value in outputs.values())
-
-
-def _digest(feed: Feed) -> bytes:
-    """Return a digest of inputs by name, type, shape and value."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(feed.items()):
-        array = np.asarray(value)
-        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-        digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
-    return digest.digest()
 
 
 def fidelity(
