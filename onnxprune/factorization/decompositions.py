@@ -237,7 +237,9 @@ def ridged(gram: Array, ridge: float = RIDGE) -> Real:
     n = gram.shape[-1]
     mean = np.einsum("...ii->...", gram) / n
     mean = np.where(mean > 0, mean, 1.0)
-    return np.asarray(gram + (ridge * mean)[..., None, None] * np.eye(n), np.float64)
+    result = np.array(gram, np.float64)
+    np.einsum("...ii->...i", result)[...] += (ridge * mean)[..., None]
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +415,7 @@ def placed(stages: Sequence[Stage], arrays: Sequence[Real]) -> list[Factor]:
 
 
 class Whitener:
-    """With second moments G = L L^T: ``into`` returns L^T A, ``back`` a basis of the span of L^-T V.
+    """Map by second moments G = L L^T: ``into`` returns L^T A, ``back`` a basis of the span of L^-T V.
 
     Args:
         moments: G [parts, n, n], positive definite; None for the identity.

@@ -90,7 +90,7 @@ def input_grams(
 
 def _mean(results: Sequence[dict[str, Any]], full: bool) -> InputGram:
     """Return the mean over all nodes that read a weight."""
-    gram = np.mean([r["gram"] for r in results], axis=0)
+    gram = results[0]["gram"] if len(results) == 1 else np.mean([r["gram"] for r in results], axis=0)
     mean = np.mean([r["column_mean"] for r in results], axis=0)
     rows = int(sum(float(r["rows"]) for r in results))
     return InputGram(gram if full else None, None if full else gram, mean, rows)

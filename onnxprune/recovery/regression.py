@@ -122,7 +122,7 @@ class Sums:
 
 
 class FewRows:
-    """What :class:`Sums` holds, of fewer rows than columns: the rows themselves, and nothing of n times n.
+    """Rows in place of :class:`Sums`, where they are fewer than columns: nothing of n times n.
 
     Args:
         data: X [parts, rows, n].

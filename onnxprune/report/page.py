@@ -138,7 +138,7 @@ def paragraph(text: str) -> str:
 
 
 class _Scale:
-    """From values to places; the axes end a little beyond the values."""
+    """Map values to places; the axes end a little beyond the values."""
 
     def __init__(self, across: Sequence[float], up: Sequence[float]) -> None:
         self.x0, self.x1 = _padded(across)

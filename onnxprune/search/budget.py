@@ -397,15 +397,16 @@ class Search:
         if context.calibration is None or self.mode == "none":
             return dict.fromkeys(_PARTS, 1.0)
         samples = CalibrationBatches(context, analysis).samples or 2 * MAX_TRIAL
-        trial = _RUNS_OF_RECOVERY * TrialSplit(context.effort.trial_samples).num_fit(context, analysis)
+        trial = _RUNS_OF_RECOVERY * self._trial_samples()
         macs = sample_macs(analysis)
-        trials = trials_of(macs, context.effort) if self.spec.trials is None else self.spec.trials
+        trials = self._default_trials() if self.spec.trials is None else self.spec.trials
         one_run = _RUN * max(macs, 1.0) * 1e-9
         scores = 3.0 * samples * one_run + self._solving_seconds()
         measured = min(measuring_seconds(macs, context.effort), 200.0 * MAX_SAMPLES * one_run)
         each, finals = _EACH + trial * one_run, 1 if self.spec.targets else _HALVINGS
         final = finals * (_EACH + _RUNS_OF_RECOVERY * samples * one_run)
-        factorization = FACTORIZED_TRIALS * each if self.spec.factorize or self._may_factorize() else 0.0
+        factorizes = self.spec.factorize or self._may_factorize()
+        factorization = each * self._factorized_trials() if factorizes else 0.0
         return dict(zip(_PARTS, (scores, measured, 3.0 * each, factorization, trials * each, final), strict=True))
 
     def _solving_seconds(self) -> float:
@@ -649,16 +650,23 @@ class Search:
 
     def _factorized(self, problem: SearchProblem) -> list[Evaluated]:
         """Return candidates with factorized layers, recovered from a few samples."""
-        return self._mixture(problem).trials(problem, self._judge(problem, "factorization", FACTORIZED_TRIALS))
+        trials = self._factorized_trials()
+        return self._mixture(problem).trials(problem, self._judge(problem, "factorization", trials), trials)
 
     def _may_factorize(self) -> bool:
         """Return whether layers may be factorized without a request: recovery tells whether that is better."""
         is_possible = self.spec.can_factorize and self.mode != "none" and self.context.calibration is not None
         if not is_possible or self.spec.trials == 0:
             return False
-        seconds = _candidate_seconds(sample_macs(self.analysis), self.context.effort)
-        seconds += _DECOMPOSE * sum(read**3 for read in self._reads())
-        return seconds <= _MOST_FACTORIZING * self.context.effort.seconds
+        return self._factorized_trials() >= _LEAST_FACTORIZED
+
+    def _factorized_trials(self) -> int:
+        """Return the number of factorized candidates: as many as the effort allows where nobody asked for them."""
+        if self.spec.factorize:
+            return FACTORIZED_TRIALS
+        seconds = _FACTORIZING * self.context.effort.seconds - _DECOMPOSE * sum(read**3 for read in self._reads())
+        each = _candidate_seconds(sample_macs(self.analysis), self._trial_samples())
+        return min(FACTORIZED_TRIALS, max(0, int(seconds / each)))
 
     def _automatically_factorized(self, problem: SearchProblem, pruned: Evaluated) -> list[Evaluated]:
         """Return candidates with factorized layers that are clearly better than a damaged one of pruning alone."""
@@ -699,9 +707,7 @@ class Search:
         trials = self.spec.trials
         if trials is None:
             faithful = self.spec.metric is None and any(e.quality.fine > -_FAITHFUL for _, e in evaluated)
-            trials = (
-                0 if self.mode == "none" or faithful else trials_of(sample_macs(problem.analysis), self.context.effort)
-            )
+            trials = 0 if self.mode == "none" or faithful else self._default_trials()
         if not trials or not evaluated or best.name == ALONE:
             return []
         judge = self._judge(problem, "trials", trials)
@@ -711,6 +717,14 @@ class Search:
             return Refine(cuts(problem, best.corrections), judge, trials, original_fine).around(pruned_only)
         space = self._mixture(problem).space(problem)
         return Refine(space, judge, trials, original_fine).around([pair for pair in evaluated if pair[0] is best])
+
+    def _default_trials(self) -> int:
+        """Return the number of candidates to try around the best one where the user sets none."""
+        return trials_of(sample_macs(self.analysis), self.context.effort, self._trial_samples())
+
+    def _trial_samples(self) -> int:
+        """Return the number of samples that a candidate is recovered from."""
+        return TrialSplit(self.context.effort.trial_samples).num_fit(self.context, self.analysis)
 
     def _judge(self, problem: SearchProblem, part: str, trials: int) -> Callable[[Candidate], Evaluation | None]:
         """Return a function that evaluates candidates from a few samples; its result is None without suitable ranks.
@@ -853,10 +867,10 @@ class Search:
 # Seconds per cube of the columns that a layer reads to find dependent channels among them, and columns beyond which
 # that is done for groups of them.
 _SOLVE, _MOST_READ = 7.5e-9, 2048
-# Seconds per cube of the columns that a layer reads to decompose it, and share of the seconds of all trials that a
-# factorized candidate may take where nobody asked for it.
+# Seconds per cube of the columns that a layer reads to decompose it; where nobody asked for factorized candidates: what
+# they may take all together, relative to the seconds of all trials, and the fewest that are worth the decompositions.
 _DECOMPOSE = 4e-10
-_MOST_FACTORIZING = 2.0
+_FACTORIZING, _LEAST_FACTORIZED = 8.0, 4
 # Samples that the seconds of a candidate below are for.
 _SAMPLES = 128
 # Seconds to prune, recover and evaluate a candidate: at least, and per billion multiply-accumulates.
@@ -873,24 +887,25 @@ def sample_macs(analysis: Analysis) -> float:
     return sum(layer.macs_before for layer in analysis.layers) / batch
 
 
-def trials_of(macs: float, effort: Effort = EFFORTS["normal"]) -> int:
+def trials_of(macs: float, effort: Effort = EFFORTS["normal"], samples: int | None = None) -> int:
     """Return the number of candidates to try around the best one.
 
     Args:
         macs: multiply-accumulates of a sample.
         effort: bounds on the work.
+        samples: number that a candidate is recovered from; None for the most that the effort takes.
     """
-    return int(effort.seconds / _candidate_seconds(macs, effort))
+    return int(effort.seconds / _candidate_seconds(macs, effort.trial_samples if samples is None else samples))
 
 
-def _candidate_seconds(macs: float, effort: Effort) -> float:
-    """Return the seconds that the evaluation of a candidate takes."""
-    return _EACH + _PER_BILLION * macs * 1e-9 * effort.trial_samples / _SAMPLES
+def _candidate_seconds(macs: float, samples: int) -> float:
+    """Return the seconds that the evaluation of a candidate takes, recovered from a number of samples."""
+    return _EACH + _PER_BILLION * macs * 1e-9 * samples / _SAMPLES
 
 
 def measuring_seconds(macs: float, effort: Effort) -> float:
     """Return the seconds that groups may be measured for: those of all trials, or of one where that is longer."""
-    return max(effort.seconds, _candidate_seconds(macs, effort))
+    return max(effort.seconds, _candidate_seconds(macs, effort.trial_samples))
 
 
 def measuring_effort(

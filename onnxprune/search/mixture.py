@@ -102,12 +102,13 @@ class Mixture:
         self._correction: Mapping[str, float] = {"latency": 1.0}
         self._rate: tuple[str, float] | None = None
 
-    def trials(self, problem: SearchProblem, judge: Judge) -> list[Evaluated]:
+    def trials(self, problem: SearchProblem, judge: Judge, max_trials: int = FACTORIZED_TRIALS) -> list[Evaluated]:
         """Return evaluated candidates within the targets, by rising and falling rates around the initial one.
 
         Args:
             problem: with the costs that this was opened for.
             judge: evaluates a candidate; returns None where it cannot be made.
+            max_trials: largest number of candidates to evaluate.
         """
         evaluated: list[Evaluated] = []
         losses: dict[tuple[bytes, str], float] = {}
@@ -130,7 +131,7 @@ class Mixture:
         best = value(current_rate)
         for step in _STEPS:
             for factor in (step, 1.0 / step):
-                while len(losses) < FACTORIZED_TRIALS and (after := value(current_rate * factor)) > best:
+                while len(losses) < max_trials and (after := value(current_rate * factor)) > best:
                     best, current_rate = after, current_rate * factor
         self._rate = problem.lead, current_rate
         return evaluated

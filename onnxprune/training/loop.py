@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,10 +32,12 @@ class Effort:
     Attributes:
         steps: number of steps, 1 or more; None: no limit.
         seconds: time; None: no limit.
+        patience: share of it after which a training ends where no weights were better than those before, above 0.
     """
 
     steps: int | None = None
     seconds: float | None = None
+    patience: float = 1.0
 
     def progress(self, step: int, seconds: float) -> float:
         """Return the share that is done."""
@@ -44,7 +46,8 @@ class Effort:
 
     def part(self, share: float) -> Effort:
         """Return a share of this effort."""
-        return Effort(max(1, round(self.steps * share)) if self.steps else None, (self.seconds or 0) * share or None)
+        steps = max(1, round(self.steps * share)) if self.steps else None
+        return replace(self, steps=steps, seconds=(self.seconds or 0) * share or None)
 
 
 @dataclass(slots=True)
@@ -92,7 +95,7 @@ class Course:
 
 
 class Keeper(Protocol):
-    """Where the state of a training is kept, so that one that was broken off goes on from there."""
+    """Storage of the state of a training: one that was broken off goes on from there."""
 
     def load(self) -> Mapping[str, Any] | None:
         """Return the arrays that were saved last; None where there are none."""
@@ -159,6 +162,9 @@ def train(
             state.due = 1 + int(share * EVALUATIONS)
             progress(share)
             distance = guard.look(course.steps) if sound else math.inf
+            if share >= effort.patience and not course.best:
+                course.stopped = "no step came closer to the original"
+                break
             if distance > min(course.curve[0][1], _GROWTH * guard.distance) + _MARGIN:
                 state.retreats += distance > _GROWTH * guard.distance + _MARGIN
                 if state.retreats == _RETREATS:

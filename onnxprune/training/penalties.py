@@ -29,7 +29,7 @@ MAKES, READS, SCALES, SHIFTS = "makes", "reads", "scales", "shifts"
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Where units lie in one weight.
+    """Places of units in one weight.
 
     Attributes:
         weight: its name.

@@ -82,6 +82,18 @@ def test_nothing_is_factorized_without_recovery_or_time(
     assert ("factorization of layers" in result.report.left_out) == ("effort" in given)
 
 
+@pytest.mark.parametrize(("seconds", "trials"), [(50.0, 4), (70.0, 0)])
+def test_costly_candidates_are_few_or_none(
+    thin: onnx.ModelProto, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, seconds: float, trials: int
+) -> None:
+    monkeypatch.setattr("onnxprune.search.budget._EACH", seconds)
+    result = prune(thin, data=inputs)
+    facts = result.report.budget
+    assert facts is not None and bool(result.plan.factorized) == bool(trials) != facts.can_factorize
+    names = [c.name for c in facts.candidates if c.trial and "layers" in c.name]
+    assert bool(names) == bool(trials) and len(names) <= trials
+
+
 def test_a_target_that_forbids_it_prunes_alone(thin: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> None:
     result = prune(thin, data=inputs, target=["macs=0.1", "peak-memory=0.9"])
     assert not result.plan.factorized

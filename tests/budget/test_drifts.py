@@ -62,6 +62,7 @@ def test_measuring_is_cut_short_for_large_models() -> None:
     assert 0 < len(shares) < len(SHARES) and samples >= 16
     assert measuring_effort(1e9, [64] * 5000) is None
     assert trials_of(0) > trials_of(1e8) > trials_of(1e9) == 0
+    assert trials_of(1e9, samples=16) > trials_of(1e9, samples=32) > 0
 
 
 def test_a_budget_says_what_multiples_of_kernels_cost() -> None:

@@ -392,6 +392,18 @@ def test_products_of_the_optimiser_take_one_thread() -> None:
     assert set(threads[len(threads) // 2 :]) == {1}
 
 
+def test_a_training_without_gain_ends_when_its_patience_does() -> None:
+    values = iter([1.0, *(1.1 for _ in range(100))])
+    course, parameters, _ = distilled(60, judge=lambda: next(values), patience=0.5)
+    assert (course.steps, course.best) == (30, 0) and "closer" in course.stopped
+    start, name = mlp(0), next(iter(parameters.spans))
+    np.testing.assert_array_equal(parameters.views(parameters.vector)[name], start.constants[name])
+    late = iter([1.0, 1.1, 1.1, 1.1, 0.9, *(1.1 for _ in range(100))])
+    course, _, _ = distilled(60, judge=lambda: next(late), patience=0.5)
+    assert (course.steps, course.best) == (60, 24)
+    assert Effort(40, patience=0.5).part(0.25) == Effort(10, patience=0.5)
+
+
 def test_a_gain_of_next_to_nothing_is_none() -> None:
     values = [1.0, 0.99, 0.99, 0.985, 0.99, 0.95, 0.94, 0.96, 0.95, 0.95, 0.98]
     for least, best in ((0.1, 0), (0.02, 36), (0.001, 36)):
