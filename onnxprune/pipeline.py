@@ -55,6 +55,7 @@ from onnxprune.runtime.diagnosis import explain_failures
 from onnxprune.runtime.fidelity import KnownOutputs, Outputs
 from onnxprune.runtime.images import ImageOptions
 from onnxprune.runtime.latency import Device, device
+from onnxprune.runtime.memory import return_freed_memory
 from onnxprune.runtime.sessions import Feed, with_custom_ops
 from onnxprune.settings import check_needs, checked, record_of
 
@@ -967,6 +968,7 @@ def apply(stage: Pass, context: Context, model: Model) -> PassResult:
         if not isinstance(error, OnnxpruneError):
             error.add_note(f"in {stage.label}")
         raise
+    return_freed_memory()
     if not isinstance(result, PassResult):
         raise PostconditionError(f"{_first(stage)} returned {type(result).__name__}.", hint=_CONTRACT)
     if not isinstance(result.model, Model):

@@ -78,16 +78,6 @@ class LayerFits:
                     yielded.add(candidate.ranks)
                     yield candidate
 
-    def share(self, candidate: Candidate, cost: str) -> float:
-        """Return the share of the layer's ``macs`` or ``params`` that a candidate has."""
-        stages, full_stages = (
-            METHODS[candidate.method].stages(self.layer.shape, candidate.ranks),
-            [self.layer.shape.as_stage()],
-        )
-        if cost == "macs":
-            return self.layer.macs(stages) / max(self.layer.macs(full_stages), 1)
-        return elements(stages) / elements(full_stages)
-
     def is_lighter(self, candidate: Candidate) -> bool:
         """Return whether a candidate has less work than the layer, counting the activations between its factors."""
         layer = self.layer
@@ -97,6 +87,14 @@ class LayerFits:
     def _cost(self, method: Method, ranks: Ranks) -> int:
         stages = method.stages(self.layer.shape, ranks)
         return self.layer.macs(stages) if self.cost == "macs" else elements(stages)
+
+
+def cost_share(layer: Layer, candidate: Candidate, cost: str) -> float:
+    """Return the share of a layer's ``macs`` or ``params`` that a candidate has."""
+    stages, full_stages = METHODS[candidate.method].stages(layer.shape, candidate.ranks), [layer.shape.as_stage()]
+    if cost == "macs":
+        return layer.macs(stages) / max(layer.macs(full_stages), 1)
+    return elements(stages) / elements(full_stages)
 
 
 def _candidate(name: str, choice: Choice) -> Candidate:

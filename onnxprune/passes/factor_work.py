@@ -249,8 +249,9 @@ def input_moments(
         if layer.description.form is not None
     }
     grams = input_grams(context, analysis, graph, weights, readers)
+    # Taken out one by one: all of them and their copies would be held together.
     return plain | {
-        layer.name: _moments_of(layer, grams[layer.name], weights) for layer in layers if layer.name in grams
+        layer.name: _moments_of(layer, grams.pop(layer.name), weights) for layer in layers if layer.name in grams
     }
 
 

@@ -60,7 +60,6 @@ from onnxprune.runtime.capture import (
 from onnxprune.runtime.data import StoredFeeds
 from onnxprune.runtime.fidelity import KnownOutputs, Outputs, fidelity, hints_of
 from onnxprune.runtime.masks import counted_rows
-from onnxprune.runtime.memory import return_freed_memory
 from onnxprune.runtime.segments import Segments, Store
 from onnxprune.runtime.sessions import Feed, spread
 from onnxprune.settings import named_arguments
@@ -478,7 +477,6 @@ class Recover(Pass):
             )
             with workspace() as folder:
                 repairs, reasons = self._repair(context, model, prepared, split.fit, folder, recalibrate, checkpoints)
-            return_freed_memory()
             parts = prepared.model() if any(r.done for r in repairs) else None
             if self.near:
                 return _Outcome(repairs, reasons, parts)

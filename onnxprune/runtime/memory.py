@@ -10,7 +10,7 @@ from contextlib import suppress
 def return_freed_memory() -> None:
     """Return memory that this process has freed to the operating system, where the C library (glibc) keeps it.
 
-    Activations of many sizes leave gaps between what lives longer: after a recovery, a sixth of a process.
+    Activations of many sizes leave gaps between what lives longer: after a pass, a sixth of a process.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # other C libraries return it by themselves

@@ -13,7 +13,7 @@ from onnxprune.allocation.costs import Cost, Counts
 from onnxprune.allocation.factorization import FactorizedCost, Part, add_parts, exclude_parts
 from onnxprune.allocation.knapsack import Allocation, Choices, Limit, allocate
 from onnxprune.errors import BudgetError, UsageError, argument
-from onnxprune.factorization.allocation import AUTO, LayerChoices, LayerFits
+from onnxprune.factorization.allocation import AUTO, LayerChoices, LayerFits, cost_share
 from onnxprune.factorization.allocation import Candidate as LayerCandidate
 from onnxprune.factorization.settings import Options, request_of
 from onnxprune.graph.view import Node
@@ -93,7 +93,8 @@ class Mixture:
             part = _part(layer_fits, gain, timed, nodes)
             if part is not None:
                 self._parts.append(part)
-                self._candidates.append((layer_fits, [option.candidate for option in timed]))
+                # Not the fits: their matrices would stay in memory during all trials.
+                self._candidates.append((layer_fits.layer, [option.candidate for option in timed]))
         self._costs = {k: FactorizedCost(cost, k, problem.sizes, self._parts) for k, cost in problem.costs.items()}
         self.restart()
 
@@ -220,7 +221,7 @@ class Mixture:
 
     def _weighed(self, weights: Array) -> dict[str, float]:
         """Return the weight of each layer's error, times the weights [layers] of the layers that may be factorized."""
-        names = [layer_fits.layer.name for layer_fits, _ in self._candidates]
+        names = [layer.name for layer, _ in self._candidates]
         return self.gains | {name: self.gains[name] * float(w) for name, w in zip(names, weights, strict=True)}
 
     def _as_counted(
@@ -237,10 +238,10 @@ class Mixture:
     def _as_timed(self, levels: Counts) -> Factorize | None:
         """Return the methods and shares of the work that were timed, for the layers after pruning."""
         requested: dict[str, tuple[str, float]] = {}
-        for level, (layer_fits, candidates) in zip(levels.tolist(), self._candidates, strict=True):
+        for level, (layer, candidates) in zip(levels.tolist(), self._candidates, strict=True):
             if level < len(candidates):
                 choice = candidates[level]
-                requested[layer_fits.layer.name] = choice.method, layer_fits.share(choice, "macs")
+                requested[layer.name] = choice.method, cost_share(layer, choice, "macs")
         if not requested:
             return None
         options = replace(self._options, ratio=0.5, timed=False, cost="macs")
@@ -290,7 +291,9 @@ def _part(
     nodes = tuple(node_of[use.node.label] for use in layer_fits.layer.uses if use.node.label in node_of)
     if not options or len(nodes) < len(layer_fits.layer.uses):
         return None
-    macs, params = (np.array([*(layer_fits.share(c, k) for c, _ in options), 1.0]) for k in ("macs", "params"))
+    macs, params = (
+        np.array([*(cost_share(layer_fits.layer, c, k) for c, _ in options), 1.0]) for k in ("macs", "params")
+    )
     losses, times = [gain * c.loss for c, _ in options], [share for _, share in options]
     return Part(nodes, layer_fits.layer.weight, np.array([*losses, 0.0]), macs, params, np.array([*times, 1.0]))
 
