@@ -870,7 +870,7 @@ _SOLVE, _MOST_READ = 7.5e-9, 2048
 # Seconds per cube of the columns that a layer reads to decompose it; where nobody asked for factorized candidates: what
 # they may take all together, relative to the seconds of all trials, and the fewest that are worth the decompositions.
 _DECOMPOSE = 4e-10
-_FACTORIZING, _LEAST_FACTORIZED = 8.0, 4
+_FACTORIZING, _LEAST_FACTORIZED = 7.0, 4
 # Samples that the seconds of a candidate below are for.
 _SAMPLES = 128
 # Seconds to prune, recover and evaluate a candidate: at least, and per billion multiply-accumulates.

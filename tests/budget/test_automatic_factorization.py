@@ -82,7 +82,7 @@ def test_nothing_is_factorized_without_recovery_or_time(
     assert ("factorization of layers" in result.report.left_out) == ("effort" in given)
 
 
-@pytest.mark.parametrize(("seconds", "trials"), [(50.0, 4), (70.0, 0)])
+@pytest.mark.parametrize(("seconds", "trials"), [(45.0, 4), (60.0, 0)])
 def test_costly_candidates_are_few_or_none(
     thin: onnx.ModelProto, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, seconds: float, trials: int
 ) -> None:
