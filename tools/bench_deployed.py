@@ -117,23 +117,25 @@ def kept(row: Row, record: dict[str, Any]) -> str:
 def show(records: list[dict[str, Any]]) -> None:
     """Print the table as Markdown."""
     print(
-        "| model | target | inputs | metric | before | after | enough | factorized | file | times as fast | seconds |"
+        "| model | target | inputs | metric | before | after | enough | factorized | MACs | file | times as fast "
+        "| processor seconds |"
     )
-    print("|---|---|--:|---|--:|--:|---|--:|--:|--:|--:|")
+    print("|---|---|--:|---|--:|--:|---|--:|--:|--:|--:|--:|")
     for record in records:
         row = next(r for r in ROWS if (r.name, r.target) == (record["model"], record["target"]))
         if "after" not in record:
-            print(f"| {row.name} | {row.target} | | | | | **no**: {str(record['error'])[:80]} | | | | |")
+            print(f"| {row.name} | {row.target} | | | | | **no**: {str(record['error'])[:80]} | | | | | |")
             continue
         totals, latency, recovery = record["totals"], record["latency"] or {}, record["recovery"]
         inputs = (recovery.get("samples") or 0) + (recovery.get("aside") or 0)
         speedup = latency.get("paired") or latency.get("speedup") or float("nan")
         low, high = latency.get("speedup_interval") or (float("nan"),) * 2
         size = totals["bytes_after"] / totals["bytes_before"]
+        macs = totals["macs_after"] / totals["macs_before"]
         print(
             f"| {row.name} | {row.target} | {inputs} | {row.metric} | {record['before'][row.metric]:.3f} "
-            f"| {record['after'][row.metric]:.3f} | {kept(row, record)} | {record.get('factorized', '')} | {size:.2f} "
-            f"| {speedup:.2f} ({low:.2f} to {high:.2f}) | {record['processor_seconds']:.0f} |"
+            f"| {record['after'][row.metric]:.3f} | {kept(row, record)} | {record.get('factorized', '')} "
+            f"| {macs:.2f} | {size:.2f} | {speedup:.2f} ({low:.2f} to {high:.2f}) | {record['processor_seconds']:.0f} |"
         )
 
 
