@@ -162,7 +162,7 @@ def train(
             state.due = 1 + int(share * EVALUATIONS)
             progress(share)
             distance = guard.look(course.steps) if sound else math.inf
-            if share >= effort.patience and not course.best:
+            if effort.patience <= share < 1 and not course.best:
                 course.stopped = "no step came closer to the original"
                 break
             if distance > min(course.curve[0][1], _GROWTH * guard.distance) + _MARGIN:

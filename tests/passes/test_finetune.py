@@ -401,6 +401,7 @@ def test_with_many_samples_it_runs_by_itself(
 ) -> None:
     monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
+    monkeypatch.setattr("onnxprune.passes.finetune._PATIENCE", 1.0)
     data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
     result = op.prune(net(), ratio=0.6, criterion="l2", data=data, latency=False, **arguments)
     facts = result.report.finetuning
