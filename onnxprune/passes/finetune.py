@@ -20,7 +20,8 @@ from onnxprune.training.checkpoint import OtherDataError
 from onnxprune.training.loop import Effort
 from onnxprune.training.own_loss import UserLoss
 
-_SHORT_SAMPLES, _LEAST_STEPS = 512, 50
+# Fewest samples, and steps: 57 steps of a detector of 640 px cost 160 seconds and brought 0.7 points.
+_SHORT_SAMPLES, _LEAST_STEPS = 512, 64
 _PATIENCE = 0.5  # nearly every training gets worse in its first tenth before it gets better
 _CLOSE = 0.5  # points lost below which a training is not worth its time
 
@@ -113,7 +114,7 @@ class ShortFinetune(Pass):
     """Train for as many steps as the effort allows, where that can be expected to help; else change nothing.
 
     It needs 512 samples or more, 16 where outputs have many positions (detectors, segmentation), an effort whose work
-    is 50 steps or more, and a model that answers otherwise than the original. Where the first half brings the outputs
+    is 64 steps or more, and a model that answers otherwise than the original. Where the first half brings the outputs
     no closer, it ends. An obstacle to the training is no error here.
 
     Args:
@@ -132,7 +133,8 @@ class ShortFinetune(Pass):
         if not (model.is_pruned or model.is_factorized) or context.stages.interrupted:
             return untouched
         if steps < _LEAST_STEPS:
-            if (CalibrationBatches(context, model.analysis).samples or 0) >= _SHORT_SAMPLES:
+            samples = CalibrationBatches(context, model.analysis).samples or 0
+            if samples * answers_of_sample(model.analysis, model.analysis.facts.probes[0].inputs) >= _SHORT_SAMPLES:
                 context.stages.leave_out("training towards the original")
             return untouched
         try:

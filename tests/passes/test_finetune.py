@@ -387,8 +387,8 @@ def test_in_a_pipeline() -> None:
 @pytest.mark.parametrize(
     ("samples", "arguments", "steps"),
     [
-        (512, {}, 60),
-        (512, {"augment": "none"}, 60),
+        (512, {}, 80),
+        (512, {"augment": "none"}, 80),
         (512, {"finetune": False}, 0),
         (512, {"finetune": "none"}, 0),
         (512, {"effort": "quick"}, 0),
@@ -399,7 +399,7 @@ def test_in_a_pipeline() -> None:
 def test_with_many_samples_it_runs_by_itself(
     samples: int, arguments: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 80)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
     monkeypatch.setattr("onnxprune.passes.finetune._PATIENCE", 1.0)
     data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
@@ -424,10 +424,10 @@ def detector() -> onnx.ModelProto:
 
 
 @pytest.mark.dense
-@pytest.mark.parametrize(("samples", "steps"), [(16, 60), (15, 0)])
+@pytest.mark.parametrize(("samples", "steps"), [(16, 80), (15, 0)])
 def test_samples_with_many_positions_count_for_more(samples: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Detectors come with tens of images, of thousands of places each."""
-    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 80)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
     data = {"x": np.random.default_rng(1).standard_normal((samples, 3, 8, 8)).astype(np.float32)}
     options: dict[str, Any] = {"criterion": "l2", "data": data, "batch_size": 2, "latency": False}
@@ -473,7 +473,7 @@ def test_weights_of_codes_are_trained_and_encoded_again(kind: Any) -> None:
 
 
 def test_an_automatic_training_says_that_the_data_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 60)
+    monkeypatch.setattr("onnxprune.passes.training_sizes._MOST_STEPS", 80)
     monkeypatch.setattr("onnxprune.passes.finetune._CLOSE", 0.0)
     data = np.random.default_rng(1).standard_normal((512, 3, 8, 8)).astype(np.float32)
 
