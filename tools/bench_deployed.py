@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shlex
-import subprocess
-import sys
 import tempfile
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.command import run_command, speed
 from bench.labelled import UNLABELLED, evaluate, leading_size, recorded
 
 
@@ -77,32 +74,18 @@ def run_row(given: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]
     home: Path = given.folder.resolve()
     model, small = home / "models" / f"{row.name}.onnx", folder / "small.onnx"
     data = recorded(home, row.name, given.data or [folder], given.samples * leading_size(model))
-    options = ["--target", row.target, *shlex.split(given.options)]
-    command = [sys.executable, "-m", "onnxprune", "prune", str(model), "-o", str(small), "--json", *options]
+    arguments = ["prune", str(model), "-o", str(small), "--target", row.target, *shlex.split(given.options)]
     if data is not None:
-        command += [
-            "--data",
-            str(data),
-        ]
-    start, before = time.perf_counter(), _children()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    report = json.loads(done.stdout or "{}")
-    record: dict[str, Any] = {"model": row.name, "target": row.target, "seconds": seconds, "options": given.options}
-    record["processor_seconds"] = _children() - before
-    if done.returncode or not small.exists():
-        return record | {"error": report.get("error") or done.stderr[-300:]}
+        arguments += ["--data", str(data)]
+    measured, report = run_command(arguments)
+    record: dict[str, Any] = {"model": row.name, "target": row.target, "options": given.options, **measured}
+    if "error" in record or not small.exists():
+        return {"error": "no file was written", **record}
     keys = ("totals", "latency", "recovery", "finetuning", "verdict", "left_out", "timings")
     record |= {key: report.get(key) for key in keys}
     record["factorized"] = sum(bool(layer["method"]) for layer in report.get("factorized", []))
     record["before"], record["after"] = evaluate(home, row.name, None), evaluate(home, row.name, small)
     return record
-
-
-def _children() -> float:
-    """Return the processor seconds of all processes that this one has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def kept(row: Row, record: dict[str, Any]) -> str:
@@ -126,16 +109,14 @@ def show(records: list[dict[str, Any]]) -> None:
         if "after" not in record:
             print(f"| {row.name} | {row.target} | | | | | **no**: {str(record['error'])[:80]} | | | | | |")
             continue
-        totals, latency, recovery = record["totals"], record["latency"] or {}, record["recovery"]
+        totals, recovery = record["totals"], record["recovery"]
         inputs = (recovery.get("samples") or 0) + (recovery.get("aside") or 0)
-        speedup = latency.get("paired") or latency.get("speedup") or float("nan")
-        low, high = latency.get("speedup_interval") or (float("nan"),) * 2
         size = totals["bytes_after"] / totals["bytes_before"]
         macs = totals["macs_after"] / totals["macs_before"]
         print(
             f"| {row.name} | {row.target} | {inputs} | {row.metric} | {record['before'][row.metric]:.3f} "
             f"| {record['after'][row.metric]:.3f} | {kept(row, record)} | {record.get('factorized', '')} "
-            f"| {macs:.2f} | {size:.2f} | {speedup:.2f} ({low:.2f} to {high:.2f}) | {record['processor_seconds']:.0f} |"
+            f"| {macs:.2f} | {size:.2f} | {speed(record['latency'])} | {record['processor_seconds']:.0f} |"
         )
 
 

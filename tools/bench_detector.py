@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shlex
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from bench.command import run_command, speed
 from bench.detector import detector, normalise, scenes
 
 LIMITS = {"normal": 600, "quick": 120}
@@ -60,71 +56,11 @@ def main() -> None:
 
 
 def run(folder: Path, effort: str, options: list[str]) -> dict[str, Any]:
-    """Prune the model of a folder and watch the memory of the command.
-
-    Returns:
-        of the JSON report what matters here, with ``seconds``, ``processor_seconds`` and ``memory`` (bytes).
-    """
-    command = [sys.executable, "-m", "onnxprune", "prune", str(folder / "detector.onnx"), "--json"]
-    command += ["--data", str(folder / "images.npz"), "-o", str(folder / "small.onnx"), "--effort", effort, *options]
-    start, before = time.perf_counter(), _children()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch = _Watch(process.pid)
-    stdout, stderr = process.communicate()
-    seconds = time.perf_counter() - start
-    record = {"effort": effort, "seconds": seconds, "processor_seconds": _children() - before, "memory": watch.stop()}
-    report = json.loads(stdout or "{}")
-    if process.returncode:
-        return record | {"error": report.get("error") or stderr[-300:]}
-    return record | {
-        key: report.get(key) for key in ("totals", "latency", "finetuning", "verdict", "left_out", "timings")
-    }
-
-
-class _Watch:
-    """The largest anonymous memory of a process and its children, read ten times a second (Linux)."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid, self._peak, self._ended = pid, 0, threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> int:
-        """End and return bytes."""
-        self._ended.set()
-        self._thread.join()
-        return self._peak
-
-    def _read(self) -> None:
-        while not self._ended.wait(0.1):
-            self._peak = max(self._peak, sum(map(_anonymous, _family(self._pid))))
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all that it started."""
-    members = [pid]
-    for member in members:
-        try:
-            text = Path(f"/proc/{member}/task/{member}/children").read_text()
-        except OSError:
-            continue
-        members += map(int, text.split())
-    return members
-
-
-def _anonymous(pid: int) -> int:
-    """Bytes of a process that no file stands for; 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
-
-
-def _children() -> float:
-    """Return the processor seconds of all processes that this one has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Prune the model of a folder; return times and memory, and of the report what matters here."""
+    arguments = ["prune", str(folder / "detector.onnx"), "--data", str(folder / "images.npz")]
+    record, report = run_command([*arguments, "-o", str(folder / "small.onnx"), "--effort", effort, *options])
+    keys = ("totals", "latency", "finetuning", "verdict", "left_out", "timings")
+    return {"effort": effort, **record, **{key: report.get(key) for key in keys}}
 
 
 def _row(record: dict[str, Any]) -> str:
@@ -135,10 +71,8 @@ def _row(record: dict[str, Any]) -> str:
     )
     if "error" in record:
         return start + f"| failed: {str(record['error'])[:80]} | |"
-    totals, latency = record["totals"], record["latency"] or {}
-    low, high = latency.get("speedup_interval") or (float("nan"),) * 2
-    speedup = latency.get("speedup") or float("nan")
-    return start + f"| {totals['macs_after'] / totals['macs_before']:.2f} | {speedup:.2f} ({low:.2f} to {high:.2f}) |"
+    totals = record["totals"]
+    return start + f"| {totals['macs_after'] / totals['macs_before']:.2f} | {speed(record['latency'])} |"
 
 
 if __name__ == "__main__":

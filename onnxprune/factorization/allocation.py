@@ -12,7 +12,7 @@ from onnxprune.factorization.decompositions import METHODS, Fit, Method, Metric,
 from onnxprune.factorization.layers import Layer
 from onnxprune.factorization.ranks import Choice, by_energy, by_vbmf, within
 from onnxprune.factorization.settings import Request
-from onnxprune.operators.kernels import Real, elements
+from onnxprune.operators.kernels import Real, Stage, elements
 
 AUTO = ("svd", "tucker", "spatial-svd")
 """Methods that ``auto`` tries. CP is excluded: its rank must be known before the fit, and its filters are slow."""
@@ -44,8 +44,7 @@ class LayerFits:
     @property
     def full_cost(self) -> int:
         """Return the cost of the unchanged layer."""
-        stages = [self.layer.shape.as_stage()]
-        return self.layer.macs(stages) if self.cost == "macs" else elements(stages)
+        return _cost_of(self.layer, [self.layer.shape.as_stage()], self.cost)
 
     def fit(self, name: str) -> Fit:
         """Fit one method to the kernel."""
@@ -85,16 +84,18 @@ class LayerFits:
         return layer.work(stages) < layer.work([layer.shape.as_stage()])
 
     def _cost(self, method: Method, ranks: Ranks) -> int:
-        stages = method.stages(self.layer.shape, ranks)
-        return self.layer.macs(stages) if self.cost == "macs" else elements(stages)
+        return _cost_of(self.layer, method.stages(self.layer.shape, ranks), self.cost)
 
 
 def cost_share(layer: Layer, candidate: Candidate, cost: str) -> float:
     """Return the share of a layer's ``macs`` or ``params`` that a candidate has."""
-    stages, full_stages = METHODS[candidate.method].stages(layer.shape, candidate.ranks), [layer.shape.as_stage()]
-    if cost == "macs":
-        return layer.macs(stages) / max(layer.macs(full_stages), 1)
-    return elements(stages) / elements(full_stages)
+    stages = METHODS[candidate.method].stages(layer.shape, candidate.ranks)
+    return _cost_of(layer, stages, cost) / max(_cost_of(layer, [layer.shape.as_stage()], cost), 1)
+
+
+def _cost_of(layer: Layer, stages: Sequence[Stage], cost: str) -> int:
+    """Return the ``macs`` or ``params`` of a layer in stages."""
+    return layer.macs(stages) if cost == "macs" else elements(stages)
 
 
 def _candidate(name: str, choice: Choice) -> Candidate:

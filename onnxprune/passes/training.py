@@ -361,10 +361,9 @@ class Training:
         """Return warnings."""
         remarks = []
         if facts.undone:
-            time = "" if facts.stopped else " or more time"
             remarks.append(
                 f"{argument('finetune')} brought the outputs no closer to the original's on held-out samples and was "
-                f"undone: more samples ({argument('data')}){time} may help"
+                f"undone: more samples ({argument('data')}) or more time may help"
             )
         if facts.stopped:
             remarks.append(f"fine-tuning ended after {facts.steps} steps: {facts.stopped}")

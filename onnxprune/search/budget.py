@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -397,7 +397,7 @@ class Search:
         if context.calibration is None or self.mode == "none":
             return dict.fromkeys(_PARTS, 1.0)
         samples = CalibrationBatches(context, analysis).samples or 2 * MAX_TRIAL
-        trial = _RUNS_OF_RECOVERY * self._trial_samples()
+        trial = _RUNS_OF_RECOVERY * self._trial_samples
         macs = sample_macs(analysis)
         trials = self._default_trials() if self.spec.trials is None else self.spec.trials
         one_run = _RUN * max(macs, 1.0) * 1e-9
@@ -405,8 +405,7 @@ class Search:
         measured = min(measuring_seconds(macs, context.effort), 200.0 * MAX_SAMPLES * one_run)
         each, finals = _EACH + trial * one_run, 1 if self.spec.targets else _HALVINGS
         final = finals * (_EACH + _RUNS_OF_RECOVERY * samples * one_run)
-        factorizes = self.spec.factorize or self._may_factorize()
-        factorization = each * self._factorized_trials() if factorizes else 0.0
+        factorization = each * self._factorized_trials()
         return dict(zip(_PARTS, (scores, measured, 3.0 * each, factorization, trials * each, final), strict=True))
 
     def _solving_seconds(self) -> float:
@@ -632,7 +631,7 @@ class Search:
         Returns:
             the candidates, and the problem led by the best choices.
         """
-        if len(candidates) < 2 and not (self.spec.factorize or self._may_factorize()):
+        if len(candidates) < 2 and not self._factorized_trials():
             return [], problem
         with self.context.stage("candidates"):
             evaluated = self._evaluated_apart(problem, candidates)
@@ -644,7 +643,7 @@ class Search:
             problem = replace(problem, lead=best_of(with_source)[0].source)
         if self.spec.factorize:
             evaluated += self._factorized(problem)
-        elif evaluated and self._may_factorize():
+        elif evaluated and self._factorized_trials():
             evaluated += self._automatically_factorized(problem, best_of(evaluated))
         return evaluated, problem
 
@@ -653,20 +652,22 @@ class Search:
         trials = self._factorized_trials()
         return self._mixture(problem).trials(problem, self._judge(problem, "factorization", trials), trials)
 
-    def _may_factorize(self) -> bool:
-        """Return whether layers may be factorized without a request: recovery tells whether that is better."""
-        is_possible = self.spec.can_factorize and self.mode != "none" and self.context.calibration is not None
-        if not is_possible or self.spec.trials == 0:
-            return False
-        return self._factorized_trials() >= _LEAST_FACTORIZED
-
     def _factorized_trials(self) -> int:
-        """Return the number of factorized candidates: as many as the effort allows where nobody asked for them."""
-        if self.spec.factorize:
+        """Return the number of candidates with factorized layers; without a request, as many as the effort allows.
+
+        There are none without a request where no recovery tells whether they are better.
+        """
+        spec = self.spec
+        if spec.factorize:
             return FACTORIZED_TRIALS
+        can_judge = self.mode != "none" and self.context.calibration is not None and spec.trials != 0
+        if not (spec.can_factorize and can_judge):
+            return 0
         seconds = _FACTORIZING * self.context.effort.seconds - _DECOMPOSE * sum(read**3 for read in self._reads())
-        each = _candidate_seconds(sample_macs(self.analysis), self._trial_samples())
-        return min(FACTORIZED_TRIALS, max(0, int(seconds / each)))
+        trials = min(
+            FACTORIZED_TRIALS, int(seconds / _candidate_seconds(sample_macs(self.analysis), self._trial_samples))
+        )
+        return trials if trials >= _LEAST_FACTORIZED else 0
 
     def _automatically_factorized(self, problem: SearchProblem, pruned: Evaluated) -> list[Evaluated]:
         """Return candidates with factorized layers that are clearly better than a damaged one of pruning alone."""
@@ -720,10 +721,11 @@ class Search:
 
     def _default_trials(self) -> int:
         """Return the number of candidates to try around the best one where the user sets none."""
-        return trials_of(sample_macs(self.analysis), self.context.effort, self._trial_samples())
+        return trials_of(sample_macs(self.analysis), self.context.effort, self._trial_samples)
 
+    @cached_property
     def _trial_samples(self) -> int:
-        """Return the number of samples that a candidate is recovered from."""
+        """The number of samples that a candidate is recovered from."""
         return TrialSplit(self.context.effort.trial_samples).num_fit(self.context, self.analysis)
 
     def _judge(self, problem: SearchProblem, part: str, trials: int) -> Callable[[Candidate], Evaluation | None]:

@@ -103,7 +103,7 @@ class Mixture:
         self._correction: Mapping[str, float] = {"latency": 1.0}
         self._rate: tuple[str, float] | None = None
 
-    def trials(self, problem: SearchProblem, judge: Judge, max_trials: int = FACTORIZED_TRIALS) -> list[Evaluated]:
+    def trials(self, problem: SearchProblem, judge: Judge, max_trials: int) -> list[Evaluated]:
         """Return evaluated candidates within the targets, by rising and falling rates around the initial one.
 
         Args:

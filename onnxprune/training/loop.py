@@ -164,15 +164,10 @@ def train(
             distance = guard.look(course.steps) if sound else math.inf
             if effort.patience <= share < 1 and not course.best:
                 course.stopped = "no step came closer to the original"
+            elif distance > min(course.curve[0][1], _GROWTH * guard.distance) + _MARGIN:
+                state.retreat(distance, sound)
+            if course.stopped:
                 break
-            if distance > min(course.curve[0][1], _GROWTH * guard.distance) + _MARGIN:
-                state.retreats += distance > _GROWTH * guard.distance + _MARGIN
-                if state.retreats == _RETREATS:
-                    course.stopped = "the distance from the original grew" if sound else "the loss was no number"
-                    break
-                guard.restore()
-                optimizer.reset()
-                state.rate /= 2
             course.seconds = time.monotonic() - start
             state.save()
     course.seconds = time.monotonic() - start
@@ -199,6 +194,16 @@ class _State:
         """Share of the step size that the next step has: less than 1 in the first steps after a retreat."""
         is_first = self.optimizer.count == self.course.steps - 1
         return 1.0 if is_first else min(1.0, (self.optimizer.count + 1) / _RAMP)
+
+    def retreat(self, distance: float, sound: bool) -> None:
+        """Go on from the best weights with half the step size; stop the course where it has gone too far too often."""
+        self.retreats += distance > _GROWTH * self.guard.distance + _MARGIN
+        if self.retreats == _RETREATS:
+            self.course.stopped = "the distance from the original grew" if sound else "the loss was no number"
+            return
+        self.guard.restore()
+        self.optimizer.reset()
+        self.rate /= 2
 
     def save(self) -> None:
         """Keep the state, where there is a keeper."""
